@@ -1,0 +1,42 @@
+# make help lists the targets. PYTHON=python uses the active environment instead of .venv,
+# PYTHON3=python3.12 chooses the Python that .venv is made with.
+PYTHON3 ?= python3
+PROFILE ?= offline
+VENV_STAMP :=
+ifndef PYTHON
+PYTHON := .venv/bin/python
+VENV_STAMP := .venv/.complete
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lint notebooks refresh figures bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/.complete: requirements.lock
+	@$(PYTHON3) -m tsp_utils setup
+
+setup: $(VENV_STAMP)  ## create .venv from requirements.lock (once; skipped when it is there)
+
+reproduce: $(VENV_STAMP)  ## run every notebook: PROFILE=offline|small|paper, SET="key=value ...", FORCE=1
+	@$(PYTHON) -m tsp_utils reproduce --profile $(PROFILE) $(if $(SET),--set $(SET)) $(if $(FORCE),--force)
+
+test: $(VENV_STAMP)  ## lint, unit tests, and nbval over the committed notebooks
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m pytest
+
+notebooks: $(VENV_STAMP)  ## open the notebooks in JupyterLab
+	@$(PYTHON) -m jupyterlab notebooks
+
+refresh: $(VENV_STAMP)  ## run the notebooks and write their outputs back into notebooks/
+	@$(PYTHON) -m tsp_utils refresh
+
+figures: $(VENV_STAMP)  ## copy the figures and tables of a finished run into figures/
+	@$(PYTHON) -m tsp_utils figures --profile $(PROFILE)
+
+bench: $(VENV_STAMP)  ## measure speed and memory, print the README's benchmark table
+	@$(PYTHON) -m tsp_utils bench
+
+clean:  ## remove executed notebooks and caches (data/ and .venv stay)
+	rm -rf runs cache

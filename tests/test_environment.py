@@ -1,0 +1,53 @@
+"""The set-up: one list of packages, said in four places."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+
+
+def declared() -> dict[str, str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in project["dependencies"])
+
+
+def test_conda_environment_names_the_same_packages_and_versions():
+    entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    conda = dict(re.match(r"([\w-]+)(.*)", entry).groups() for entry in entries)
+    conda.pop("python")
+    assert {CONDA_NAMES.get(name, name): rest for name, rest in conda.items()} == declared()
+
+
+def test_every_conda_line_gives_a_reason():
+    lines = (ROOT / "environment.yml").read_text().splitlines()
+    assert all("#" in line for line in lines if line.startswith("  - ") and ">=" in line)
+
+
+def test_lock_pins_every_declared_package_and_names_no_index():
+    lock = (ROOT / "requirements.lock").read_text()
+    pinned = set(re.findall(r"^([\w.-]+)==", lock, re.M))
+    assert {name.lower() for name in declared()} <= {name.lower() for name in pinned}
+    entries = [line for line in lock.splitlines() if not line.lstrip().startswith("#")]
+    assert not re.search(r"://|file:|--index-url|--find-links|@", "\n".join(entries))
+
+
+def test_lock_is_solved_for_three_systems():
+    lock = (ROOT / "requirements.lock").read_text()
+    for marker in ("linux", "win32", "darwin"):
+        assert marker in lock, f"no line of requirements.lock is for {marker}"
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import tsp_utils, sys; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_set_up_needs_only_the_standard_library():
+    code = "import sys; sys.path.insert(0, '.'); import tsp_utils.environment, tsp_utils.__main__"
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True, cwd=ROOT)
