@@ -6,7 +6,22 @@ Every public name is importable from here, and loads its module only when it is 
 
 import importlib
 
-_HOME = {}
+_HOME = {
+    "datasets": ["DATASETS", "ImageDataset", "load_dataset"],
+    "backbones": ["BACKBONES", "Backbone", "load_backbone"],
+    "features": ["cached_features", "extract_features"],
+    "patch_kmeans": ["PatchKMeans", "learn_patch_kmeans"],
+    "neighbors": [
+        "Neighbors", "nearest_neighbors", "neighbor_weights", "neighbor_perplexity",
+        "label_consistency", "knn_accuracy",
+    ],
+    "losses": ["tsp_loss"],
+    "heads": ["LinearHeads", "init_heads", "train_heads", "kmeans"],
+    "metrics": ["clustering_metrics", "confusion", "match_clusters"],
+    "claims": ["CLAIMS", "RULES", "decide"],
+    "published": ["TABLE_1", "TABLE_2"],
+    "study": ["Study", "load_study"],
+}
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __version__ = "0.1.0"

@@ -1,0 +1,106 @@
+"""The published rows: spot values, and what the paper says about them itself."""
+
+import pytest
+
+from tsp_utils.published import DATASETS, EXTERNAL, FIGURES, TABLE_1, TABLE_2, to_frame
+
+EARLIER = ("K-means", "DEC", "DAC", "DCCM", "IIC", "PICA", "SCAN", "NNM")
+TSP = ("TSP-ResNet", "TSP-ViT1", "TSP-ViT2", "TSP K-means")
+
+
+def row(method, dataset, table=TABLE_1):
+    (found,) = [r for r in table if (r.method, r.dataset) == (method, dataset)]
+    return found
+
+
+def best_acc(methods, dataset):
+    return max(row(method, dataset).acc for method in methods)
+
+
+def test_table_1_is_complete_and_every_cell_is_a_percentage():
+    assert {(r.method, r.dataset) for r in TABLE_1} == {
+        (m, d) for m in (*EARLIER, *TSP, "supervised") for d in DATASETS
+    }
+    assert len(TABLE_1) == 13 * 3
+    for r in (*TABLE_1, *TABLE_2, *EXTERNAL):
+        assert all(v is None or 0 < v < 100 for v in (r.nmi, r.acc, r.ari))
+
+
+def test_spot_values_of_table_1():
+    r = row("TSP-ViT1", "cifar100-20")
+    assert (r.nmi, r.nmi_std, r.acc, r.acc_std, r.ari, r.ari_std) == (
+        58.2, 1.4, 54.9, 2.5, 40.8, 2.1,
+    )  # fmt: skip
+    r = row("TSP K-means", "stl10")
+    assert (r.nmi, r.nmi_std, r.acc, r.acc_std, r.ari, r.ari_std) == (
+        89.2, 3.0, 81.7, 9.2, 80.2, 8.1,
+    )  # fmt: skip
+    r = row("K-means", "cifar10")
+    assert (r.nmi, r.acc, r.ari) == (8.7, 22.9, 4.9)
+    r = row("supervised", "stl10")
+    assert (r.nmi, r.acc, r.ari) == (97.0, 98.9, 97.6)
+
+
+def test_deviations_and_runs_belong_to_the_tsp_rows_alone():
+    for r in TABLE_1:
+        deviations = (r.nmi_std, r.acc_std, r.ari_std, r.n)
+        assert (None in deviations) is (r.method not in TSP)
+        assert deviations == (None,) * 4 or r.n == 10
+
+
+def test_iic_has_accuracy_only():
+    for dataset in DATASETS:
+        r = row("IIC", dataset)
+        assert r.nmi is None and r.ari is None and r.acc is not None
+
+
+def test_the_abstract_names_the_best_and_the_best_before():
+    best = [best_acc([m for m in TSP if "ViT" in m], d) for d in DATASETS]
+    before = [best_acc(EARLIER, d) for d in DATASETS]
+    assert best == [94.0, 55.6, 97.9]
+    assert before == [84.3, 47.7, 80.8]
+
+
+def test_both_vits_pass_scan_and_nnm_on_every_metric_as_sec_4_2_says():
+    for dataset in DATASETS:
+        for vit in ("TSP-ViT1", "TSP-ViT2"):
+            for earlier in ("SCAN", "NNM"):
+                ours, theirs = row(vit, dataset), row(earlier, dataset)
+                assert ours.acc > theirs.acc and ours.nmi > theirs.nmi and ours.ari > theirs.ari
+
+
+def test_tsp_resnet_on_stl10_is_below_scan_in_accuracy_whatever_the_text_says():
+    assert row("TSP-ResNet", "stl10").acc < row("SCAN", "stl10").acc < row("NNM", "stl10").acc
+
+
+def test_table_2_peaks_at_10_and_is_not_quite_table_1_at_20():
+    by_k = {r.n_neighbors: r for r in TABLE_2}
+    assert list(by_k) == [5, 10, 15, 20, 25, 30]
+    assert max(by_k, key=lambda k: by_k[k].acc) == 10
+    r = by_k[30]
+    assert (r.acc, r.acc_std, r.nmi, r.nmi_std, r.ari, r.ari_std, r.n) == (
+        91.88, 0.90, 84.23, 1.12, 83.27, 1.59, 10,
+    )  # fmt: skip
+    in_table_1 = row("TSP-ViT1", "cifar10")
+    assert abs(by_k[20].acc - in_table_1.acc) < 0.05
+    assert abs(by_k[20].nmi - in_table_1.nmi) > 0.05
+
+
+def test_figures_of_the_text_are_set_against_vit1_on_cifar10():
+    assert [f.acc for f in FIGURES] == [80.2, 65.7, 85.6]
+    assert {f.against for f in FIGURES} == {row("TSP-ViT1", "cifar10").acc}
+
+
+def test_external_rows_raise_the_bar_of_c0():
+    acc = [[row(m, d, EXTERNAL).acc for d in DATASETS] for m in ("SCAN + self-labelling", "SPICE")]
+    assert acc == [[88.3, 50.7, 80.9], [91.7, 58.4, 92.9]]
+    assert row("SPICE", "cifar100-20", EXTERNAL).acc > best_acc(TSP, "cifar100-20")
+
+
+def test_to_frame_selects_a_data_set_and_names_the_known_ones():
+    frame = to_frame(TABLE_1, "stl10")
+    assert len(frame) == 13 and set(frame["dataset"]) == {"stl10"}
+    assert frame["nmi"].isna().sum() == 1
+    assert len(to_frame(TABLE_1)) == 39
+    with pytest.raises(ValueError, match=r"'cifar100'.*cifar100-20"):
+        to_frame(TABLE_1, "cifar100")

@@ -1,0 +1,219 @@
+"""The paper's claims, the rules that decide them, and the decision; `docs/rules.md` in full."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+ANALOGUE, NOT_HERE = "analogue at 32 px", "not testable here"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper. `scope` is that of profile `small`; n_head 0: no head is involved."""
+
+    id: str
+    claim: str
+    where: str  # in the paper
+    quantity: str  # d, in percentage points
+    margin: float  # m, in the same points
+    unit: str  # what is replicated: "head", "backbone" (a pretrained network) or "image"
+    scope: str
+    n_head: int  # seeds wanted
+    decides: str  # beyond the general rule
+
+
+CLAIMS = tuple(Claim(*row) for row in (
+    ("C0", "TSP with a ViT clusters better than every earlier method.", "Abstract, Table 1",
+     "ACC, ours - best published", 0, "head", NOT_HERE, 10,
+     "only in `paper`; against the paper's rows, and again with SCAN + self-labelling and SPICE"),
+    ("C1", "A ViT's neighbours keep their labels better under shift than a ResNet's.", "Fig. 1",
+     "consistency@20 on the shifted target, ViT - ResNet", 2, "backbone", ANALOGUE, 0,
+     "under inner product AND cosine; kNN in domain within 3; three seeds an arm: every ViT above"),
+    ("C2", "Neighbours in the latent space are alike in meaning.", "Secs 1 and 4.3, Fig. 2",
+     "consistency@5, backbone - pixels", 10, "image", ANALOGUE, 0, "interval by image bootstrap"),
+    ("C3", "The trained head beats K-means on the same features.", "Sec. 4.4, Table 1",
+     "ACC, head - strongest K-means", 2, "head", ANALOGUE, 30,
+     "overall: in more than half of the backbone x target cells, and reversed in none"),
+    ("C4", "The larger ViT clusters better.", "Sec. 4.2, Table 1", "ACC, larger - smaller ViT",
+     1, "backbone", ANALOGUE, 30, "same recipe, source and images seen"),
+    ("C5", "A ResNet loses more than a ViT when the domain shifts.", "Sec. 4.3, Fig. 5",
+     "consistency@20, (ViT - ResNet) shifted - (ViT - ResNet) in domain", 2, "backbone",
+     ANALOGUE, 0, "kNN in domain within 3 points, else not tested"),
+    ("C6", "A large foreign source serves better than the target alone.", "Sec. 4.3, Figs 4, 7",
+     "ACC, source - target-only", 3, "backbone", ANALOGUE, 30,
+     "source 25 times the target, equal images, scored on images that neither arm trained on"),
+    ("C7", "Fine-tuning with the clustering loss destroys clusters.", "Sec. 4.4, Fig. 6",
+     "ACC, frozen - fine-tuned at the last epoch", 5, "head", ANALOGUE, 5,
+     "AND consistency@20 falls; at learning rates 1e-4 and 1e-5, or 'holds at ... only'"),
+    ("C8", "A start from K-means beats a random one.", "Secs 3.2 and 4.5", "ACC, K-means - random "
+     "direction at equal row norm", 2, "head", ANALOGUE, 100, "2 x 2 of direction and row norm"),
+    ("C9", "Results hardly depend on K.", "Sec. 4.5, Table 2", "ACC, each other K - K = 20", 2,
+     "head", ANALOGUE, 30, "equivalence over K = 5, 10, 15, 25, 30"),
+    ("C10", "One layer in the head beats several.", "Sec. 3.2 (evidence promised, never shown)",
+     "ACC, linear - one hidden layer", 2, "head", ANALOGUE, 30, "three rates, best by loss"),
+    ("C11", "Clusters in the latent space are not globular.", "Sec. 4.4 (read off UMAP)",
+     "ACC, full-covariance GMM - K-means", 2, "head", ANALOGUE, 30, "protocol `all`"),
+    ("C12", "Weighting neighbours by distance helps.", "Sec. 3.2, Eq. 4 (never ablated)",
+     "ACC, weighted - uniform neighbours", 1, "head", ANALOGUE, 30, "perplexity of P beside it"),
+))  # fmt: skip
+
+RULES = {
+    "unit": "Head claims vary the head's seed on fixed features; backbone claims compare pretrained"
+    " networks: one network an arm decides at best for this pair of networks.",
+    "budget": "All arms of one size see the same number of images, each on a full schedule.",
+    "ratio": "C6 is judged with a source 25 times the target (the paper: 26); 8 and 2 draw curves.",
+    "parity": "ResNet and ViT: parameters within 10 %, forward FLOPs within 25 %, same recipe"
+    " search; C1 and C5 need in-domain kNN within 3 points.",
+    "steelman": "The arm that a claim wants to lose gets at least as many tuning trials; the"
+    " target's labels are read once, at the end, at the last epoch; all trials are listed.",
+    "protocol": "Heads fit on train and score on test (primary) and train; `all` is a column more.",
+    "neighbours": "C1 under inner product, cosine and Euclidean distance; Eq. 4 in one metric.",
+    "scope": "Every row says `same claim`, `analogue at 32 px` or `not testable here`, and where"
+    " the paper's own label consistency lies beside ours.",
+    "verdicts": "By the 95 % t-interval of paired differences: holds (lower end > 0, mean >= m),"
+    " does not hold (upper end < m; reversed if < 0), inconclusive, or not tested.",
+}
+
+COMPARED_K = (5, 10, 15, 25, 30)  # C9, each against 20
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A decision (holds, does not hold, inconclusive, not tested) and its numbers in points."""
+
+    verdict: str
+    qualifier: str
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+    n_needed: int | None = None  # the n that would decide, where more seeds would
+
+
+def t_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean, low, high: the two-sided t-interval of differences [n]; ends NaN if n < 2."""
+    d = _checked(differences)
+    if len(d) < 2:
+        return (float(d[0]) if len(d) else np.nan), np.nan, np.nan
+    half = stats.t.ppf((1 + level) / 2, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
+    return float(d.mean()), float(d.mean() - half), float(d.mean() + half)
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided sign-flip p, differences [n]: exact to n = 20, then 100,000 seeded flips."""
+    d = _checked(differences)
+    if not len(d):
+        return np.nan
+    extreme = abs(d.sum()) - 1e-9 * np.abs(d).sum()  # ties must count in spite of rounding
+    if len(d) <= 20:
+        sums = np.zeros(1)
+        for value in d:
+            sums = np.concatenate([sums + value, sums - value])
+        return float(np.mean(np.abs(sums) >= extreme))
+    rng, count = np.random.default_rng(0), 0
+    for _ in range(100):  # in chunks, to bound memory
+        signs = 2 * rng.integers(0, 2, size=(1000, len(d)), dtype=np.int8) - 1
+        count += int(np.sum(np.abs(signs @ d) >= extreme))
+    return (count + 1) / (100_000 + 1)  # the observed signs are one of the flips
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Holm's adjusted p-values [m], in the order given; NaN (not tested) stays, and counts not."""
+    adjusted = np.array(p_values, dtype=float)
+    tested = np.flatnonzero(~np.isnan(adjusted))
+    order = tested[np.argsort(adjusted[tested])]
+    steps = adjusted[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return adjusted
+
+
+def decide(differences: Sequence[float], margin: float, *, nmi: Sequence[float] | None = None,
+           ari: Sequence[float] | None = None, unit: str = "head", n_pretrain: int = 1,
+           interval: tuple[float, float] | None = None, unmet: str = "") -> Verdict:
+    """The verdict on paired differences [n] in points, by `docs/rules.md`.
+
+    nmi, ari: the same pairs' differences, which can cap the verdict. unit "backbone" with
+    n_pretrain > 1: one difference a pair of networks, heads averaged first. interval: a 95 %
+    interval in place of t's (C2's bootstrap). unmet: a precondition that failed, named.
+    Raises ValueError for NaN, unequal lengths, or heads passed as networks.
+    """
+    d = _checked(differences)
+    others = {k: _checked(v) for k, v in (("NMI", nmi), ("ARI", ari)) if v is not None}
+    if any(len(other) != len(d) for other in others.values()):
+        raise ValueError(f"Pass as many NMI and ARI differences as ACC differences ({len(d)}).")
+    if unit == "backbone" and n_pretrain > 1 and len(d) != n_pretrain:
+        raise ValueError(f"{len(d)} differences for {n_pretrain} pairs of networks: average the "
+                         "heads and pass one difference a pair.")
+
+    def holds(mean, low, high):
+        return low > 0 and mean >= margin
+
+    mean, low, high = t_interval(d)
+    low, high = interval or (low, high)
+    result = Verdict("not tested", unmet, mean, low, high, sign_flip_p(d), len(d))
+    if unmet or len(d) < 2:
+        return replace(result, qualifier=unmet or "fewer than two paired differences")
+    if holds(mean, low, high):
+        verdict, against = "holds", [k for k, v in others.items() if v.mean() < 0]
+    elif high < 0:
+        verdict, against = "does not hold", [k for k, v in others.items() if v.mean() > 0]
+    elif high < margin:  # says only "less than m": contradicted by a metric that itself holds
+        verdict, against = "does not hold", [k for k, v in others.items() if holds(*t_interval(v))]
+    else:
+        return _undecided(result, _pairs_for(d, mean if mean >= margin else margin - mean))
+    if against:
+        note = f"{' and '.join(against)} pointing the other way"
+        return replace(result, verdict="inconclusive", qualifier=note)
+    notes = ["reversed"] if high < 0 else []
+    notes += ["for this pair of networks"] if unit == "backbone" and n_pretrain == 1 else []
+    return replace(result, verdict=verdict, qualifier="; ".join(notes))
+
+
+def decide_equivalence(differences: Mapping[int, Sequence[float]], bound: float = 2) -> Verdict:
+    """C9's verdict on paired ACC differences {K: [n]} against K = 20, in points.
+
+    Its numbers are of one K: a 95 % interval outside the bound, else the farthest 90 % interval.
+    """
+    d = {k: _checked(differences.get(k, ())) for k in COMPARED_K}
+    if missing := ", ".join(str(k) for k in COMPARED_K if len(d[k]) < 2):
+        return Verdict("not tested", f"fewer than two pairs at K = {missing}", *[np.nan] * 4, 0)
+
+    def result(verdict, k, level):
+        return Verdict(verdict, f"K = {k}", *t_interval(d[k], level), sign_flip_p(d[k]), len(d[k]))
+
+    size = {k: abs(d[k].mean()) for k in COMPARED_K}
+    wide = {k: t_interval(d[k], 0.95) for k in COMPARED_K}
+    if outside := [k for k in COMPARED_K if wide[k][1] > bound or wide[k][2] < -bound]:
+        return result("does not hold", max(outside, key=size.get), 0.95)
+    reach = {k: float(np.abs(t_interval(d[k], 0.90)[1:]).max()) for k in COMPARED_K}
+    worst = max(reach, key=reach.get)
+    if reach[worst] <= bound:
+        return result("holds", worst, 0.90)
+    beyond = [_pairs_for(d[k], size[k] - bound) for k in COMPARED_K if size[k] > bound]
+    within = [_pairs_for(d[k], bound - size[k], 0.90) for k in COMPARED_K if reach[k] > bound]
+    # one K outside refutes, so the soonest counts; to hold, every K must come inside
+    return _undecided(result("inconclusive", worst, 0.90), min(beyond) if beyond else max(within))
+
+
+def _pairs_for(d: np.ndarray, gap: float, level: float = 0.95) -> float:
+    """Smallest n whose half-interval, at this deviation, is below gap; inf above 100,000."""
+    n = np.arange(len(d) + 1, 100_001)
+    enough = stats.t.ppf((1 + level) / 2, n - 1) * d.std(ddof=1) / np.sqrt(n) < gap
+    return int(n[np.argmax(enough)]) if enough.any() else np.inf
+
+
+def _undecided(result: Verdict, n: float) -> Verdict:
+    n_needed = int(n) if np.isfinite(n) else None
+    note = f"n = {n_needed} would decide" if n_needed else "no n up to 100,000 would decide"
+    note = f"{result.qualifier}; {note}" if result.qualifier else note
+    return replace(result, verdict="inconclusive", qualifier=note, n_needed=n_needed)
+
+
+def _checked(differences: Sequence[float]) -> np.ndarray:
+    d = np.asarray(differences, dtype=float)
+    if d.ndim != 1 or not np.isfinite(d).all():
+        raise ValueError("Differences must be a flat list of finite points: drop failed seeds.")
+    return d
