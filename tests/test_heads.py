@@ -1,0 +1,150 @@
+"""The head: its start, its training, its independence of the other heads."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans
+from sklearn.datasets import make_blobs
+
+from tsp_utils import clustering_metrics, init_heads, kmeans, nearest_neighbors, neighbor_weights
+from tsp_utils import train_heads as train
+from tsp_utils.heads import scale_features
+from tsp_utils.neighbors import Neighbors
+
+BLOBS, LABELS = make_blobs(600, 16, centers=5, cluster_std=3.0, random_state=0)
+FEATURES = scale_features(BLOBS)
+NEIGHBORS = nearest_neighbors(FEATURES, 10)
+
+
+def train_heads(heads, **settings):
+    settings = dict(max_epochs=20, min_steps=0, batch_size=64, learning_rate=1e-2) | settings
+    return train(heads, FEATURES, NEIGHBORS, progress=False, **settings)
+
+
+def test_scaling_is_one_scalar():
+    ratio = FEATURES / BLOBS
+    assert np.ptp(ratio) < 1e-5
+    assert np.linalg.norm(FEATURES, axis=1).mean() == pytest.approx(math.sqrt(16), rel=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(scale_features(BLOBS, "l2"), axis=1), 4, rtol=1e-5)
+    with pytest.raises(ValueError, match="All features are 0"):
+        scale_features(np.zeros((4, 3)))
+
+
+def test_k_means_start_is_appendix_a():
+    heads = init_heads(FEATURES, 5, seeds=[3, 4])
+    for s, seed in enumerate([3, 4]):
+        centers = KMeans(5, n_init=1, random_state=seed).fit(FEATURES).cluster_centers_
+        for c, center in enumerate(centers):
+            expected = center / (np.linalg.norm(center) * math.sqrt(16))
+            np.testing.assert_allclose(heads.weight[s, c].detach(), expected, rtol=1e-4, atol=1e-6)
+    assert (heads.bias == 0).all()
+
+
+def test_first_predictions_are_nearly_uniform():
+    proba = init_heads(FEATURES, 5, seeds=[0]).predict_proba(FEATURES)
+    assert proba.shape == (1, 600, 5) and 0.05 < proba.min() and proba.max() < 0.6
+
+
+def test_random_start_has_the_row_norm_asked_for():
+    for norm in (None, 0.5):
+        heads = init_heads(FEATURES, 5, [0, 1], init="random", row_norm=norm)
+        expected = 0.25 if norm is None else norm  # 1 / sqrt(16)
+        np.testing.assert_allclose(heads.weight.detach().norm(dim=2), expected, rtol=1e-5)
+    assert not torch.allclose(heads.weight[0], heads.weight[1])
+
+
+def test_a_seed_gives_the_same_head_alone_or_among_others():
+    together = init_heads(FEATURES, 5, seeds=range(4))
+    train_heads(together)
+    alone = init_heads(FEATURES, 5, seeds=[2])
+    train_heads(alone)
+    torch.testing.assert_close(together.weight[2], alone.weight[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together.weight[1], together.weight[2], atol=1e-3)
+
+
+def test_training_equals_a_plain_loop_with_nn_linear():
+    """One seed, written again with nn.Linear and nothing batched, on the same draws."""
+    heads = init_heads(FEATURES, 5, seeds=[7])
+    layer = torch.nn.Linear(16, 5)
+    layer.weight.data, layer.bias.data = heads.weight[0].detach().clone(), torch.zeros(5)
+    train_heads(heads, max_epochs=3)
+
+    adam = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    rng, x = np.random.default_rng([7, 2]), torch.from_numpy(FEATURES)
+    cumulative = neighbor_weights(NEIGHBORS).cumsum(1)
+    for _ in range(3):
+        samples = rng.permutation(600)[: 9 * 64]
+        u = rng.random(9 * 64, np.float32)
+        for batch in range(9):
+            i = samples[batch * 64 : (batch + 1) * 64]
+            j = [NEIGHBORS.indices[a, min(np.searchsorted(cumulative[a], r * cumulative[a, -1],
+                                                          side="right"), 9)]
+                 for a, r in zip(i, u[batch * 64 : (batch + 1) * 64], strict=True)]
+            p, q = layer(x[i]).softmax(1), layer(x[j]).softmax(1)
+            mean = p.mean(0)
+            loss = -(p * q).sum(1).log().mean() + 3 * (mean * mean.log()).sum()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+    torch.testing.assert_close(heads.weight[0], layer.weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(heads.bias[0], layer.bias, rtol=1e-3, atol=1e-4)
+
+
+def test_neighbours_are_drawn_with_their_weights():
+    from tsp_utils.heads import _draw_pairs
+
+    weights = np.tile(np.float32([0.5, 0.3, 0.2, 0.0]), (1000, 1))
+    indices = np.tile(np.arange(4) + 1000, (1000, 1))
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate([_draw_pairs(rng, indices, weights.cumsum(1), 1000)[1]
+                            for _ in range(50)])
+    shares = np.bincount(drawn - 1000, minlength=4) / len(drawn)
+    np.testing.assert_allclose(shares, [0.5, 0.3, 0.2, 0], atol=0.01)
+    assert shares[3] == 0
+
+
+def test_training_finds_the_blobs_and_records_its_curves():
+    heads = init_heads(FEATURES, 5, seeds=[0, 1, 2])
+    history = train_heads(heads, max_epochs=40)
+    curves = history.arrays()
+    assert all(curve.shape == (40, 3) for curve in curves.values())
+    assert (curves["loss"][-1] < curves["loss"][0] - 1).all()
+    np.testing.assert_allclose(curves["loss"], curves["consistency"] - 3 * _batch_entropy(curves))
+    for s in range(3):
+        assert clustering_metrics(LABELS, heads.predict(FEATURES)[s])["acc"] > 0.9
+
+
+def _batch_entropy(curves):
+    """The loss holds the mean entropy of the batches, the curve the entropy of the epoch's mean."""
+    entropy = (curves["consistency"] - curves["loss"]) / 3
+    assert (entropy <= curves["entropy"] + 1e-5).all()  # concavity
+    return entropy
+
+
+def test_at_least_min_steps_whatever_n():
+    history = train_heads(init_heads(FEATURES, 5, [0]), max_epochs=1, min_steps=30)
+    assert len(history.loss) == 4  # 9 steps an epoch
+
+
+def test_no_entropy_term_collapses_and_says_so():
+    heads = init_heads(FEATURES, 5, seeds=[0], init="random")
+    with pytest.warns(UserWarning, match=r"seed 0 ended with \d of 5 clusters"):
+        train_heads(heads, entropy_weight=0.0, max_epochs=300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_heads(init_heads(FEATURES, 5, seeds=[0]))
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="cannot make 700 clusters"):
+        kmeans(FEATURES, 700, [0])
+    with pytest.raises(ValueError, match="only 1 distinct"):
+        kmeans(np.ones((50, 4), np.float32), 2, [0])
+    with pytest.raises(ValueError, match="k-means or random"):
+        init_heads(FEATURES, 5, [0], init="zeros")
+    few = Neighbors(NEIGHBORS.indices[:5], NEIGHBORS.distances[:5], "cosine")
+    with pytest.raises(ValueError, match="neighbours of 5"):
+        train(init_heads(FEATURES, 5, [0]), FEATURES, few)
