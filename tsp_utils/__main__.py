@@ -1,20 +1,84 @@
-"""The command: python -m tsp_utils COMMAND. The only module that prints."""
+"""The command: python -m tsp_utils COMMAND. The only module that prints.
 
+Standard library only until the environment is known to be there, so that a bare Python can run it.
+"""
+
+import argparse
 import sys
 
 from tsp_utils import environment
 
 
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m tsp_utils", description=__doc__.split("\n")[0])
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("setup", help="create .venv from requirements.lock")
+    run = commands.add_parser("reproduce", help="run every notebook of a profile")
+    run.add_argument("--profile", default="offline", help="offline (default), small or paper")
+    run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides",
+                     help="override settings of the profile; the run gets a folder of its own")
+    run.add_argument("--force", action="store_true", help="run again what did not change")
+    copy = commands.add_parser("figures", help="copy a finished run's figures into figures/")
+    copy.add_argument("--profile", default="offline")
+    commands.add_parser("refresh", help="write the notebooks' outputs back into notebooks/")
+    learn = commands.add_parser("learn-patches", help="learn patch_kmeans again from its source")
+    learn.add_argument("--out", default=None, help="file to write; default: the bundled one")
+    learn.add_argument("--seed", type=int, default=0)
+    commands.add_parser("bundle-vectors", help="extract the bundled CIFAR-10 vectors again")
+    commands.add_parser("bench", help="measure speed and memory")
+    return top
+
+
 def main(arguments) -> int:
-    if arguments == ["setup"]:
+    args = parser().parse_args(arguments)
+    if args.command == "setup":
         environment.set_up()
         return 0
-    print("usage: python -m tsp_utils setup")
-    return 2
+    if not environment.is_ready():
+        return environment.run_in_venv(arguments)
+
+    import logging
+    import warnings
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.filterwarnings("ignore", module="papermill|zmq|traitlets")
+    if args.command == "reproduce":
+        from tsp_utils.run import reproduce
+        report(reproduce(" ".join([args.profile, *args.overrides]), args.force))
+        print(f"executed notebooks and figures: runs/{run_folder(args)}")
+    elif args.command == "refresh":
+        from tsp_utils.run import refresh
+        report(refresh())
+    elif args.command == "figures":
+        from tsp_utils.run import publish_figures
+        print(f"copied {len(publish_figures(args.profile))} files into figures/{args.profile}")
+    elif args.command == "learn-patches":
+        from tsp_utils.bundle import learn_patches
+        print(learn_patches(args.out, args.seed))
+    elif args.command == "bundle-vectors":
+        from tsp_utils.bundle import bundle_vectors
+        for path in bundle_vectors():
+            print(path.name)
+    elif args.command == "bench":
+        from tsp_utils.bench import bench
+        bench(print)
+    return 0
+
+
+def run_folder(args) -> str:
+    from tsp_utils.study import load_study
+    return load_study(" ".join([args.profile, *args.overrides])).profile
+
+
+def report(steps) -> None:
+    total = 0.0
+    for name, what, seconds in steps:
+        total += seconds
+        print(f"{name:28s} {what:20s} {seconds:6.0f} s", flush=True)
+    print(f"{'all':28s} {'':20s} {total:6.0f} s")
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except OSError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")

@@ -1,0 +1,404 @@
+"""Backbones: official checkpoint formats, damaged ones, transforms, names, devices, dtypes."""
+
+import argparse
+import pathlib
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+from torchvision.transforms.v2 import functional as TF2
+
+from tsp_utils import backbones
+from tsp_utils.backbones import BACKBONES, Backbone, BackboneSpec, load_backbone
+
+MINI = dict(img_size=32, patch_size=4, num_classes=0)  # vit_mini_random's options, written again
+IMAGENET = (torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
+            torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small networks on a busy machine wait for their threads more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A ViT-Ti/4 that no seed of ours gives, standing for trained weights."""
+    torch.manual_seed(7)
+    return timm.create_model("vit_tiny_patch16_224", **MINI).eval()
+
+
+@pytest.fixture
+def weights_dir(tmp_path, monkeypatch):
+    """An empty TSP_DATA/weights, and no network."""
+    monkeypatch.setenv("TSP_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *args, pretrained=False, **kwargs:
+                        refuse() if pretrained else create(*args, **kwargs))
+    folder = tmp_path / "data" / "weights"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def refuse(*_, **__):
+    raise OSError("Network is unreachable")
+
+
+def images_of(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_bare(state, path):
+    torch.save(state, path)
+
+
+def write_with_head(state, path):
+    torch.save({**state, "head.weight": torch.zeros(1000, 192), "head.bias": torch.zeros(1000)},
+               path)
+
+
+def write_full(state, path, wrap="module."):
+    teacher = {f"{wrap}backbone.{key}": value for key, value in state.items()}
+    teacher |= {f"{wrap}head.mlp.0.weight": torch.zeros(8, 192),
+                f"{wrap}head.last_layer.weight_v": torch.zeros(16, 8)}
+    student = {key: value + 1 for key, value in teacher.items()}
+    args = argparse.Namespace(arch="vit_tiny", lr=5e-4, local_crops_scale=(0.05, 0.4))
+    torch.save({"student": student, "teacher": teacher, "epoch": 100, "args": args,
+                "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, path)
+
+
+def write_full_unwrapped(state, path):
+    write_full(state, path, wrap="")
+
+
+def write_safetensors(state, path):
+    save_file(state, path)
+
+
+@pytest.mark.parametrize("write, suffix", [
+    (write_bare, ".pth"), (write_with_head, ".pth"), (write_full, ".pth"),
+    (write_full_unwrapped, ".pth"), (write_safetensors, ".safetensors")])
+def test_checkpoints_in_every_official_format_load(tmp_path, trained, write, suffix):
+    path = tmp_path / f"weights{suffix}"
+    write(trained.state_dict(), path)
+    backbone = load_backbone("vit_mini_random", "cpu", path, "float32")
+    images = images_of(6, 32, 32, 3)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():
+        due = trained((x - IMAGENET[0]) / IMAGENET[1])
+    got = backbone(images)
+    assert got.dtype == torch.float32 and got.shape == (6, backbone.dim) == (6, 192)
+    torch.testing.assert_close(got, due, rtol=1e-4, atol=1e-4)
+    untrained = load_backbone("vit_mini_random", "cpu", dtype="float32")
+    assert not torch.allclose(untrained(images), due, atol=0.1)
+
+
+def test_the_feature_of_a_vit_is_its_class_token_after_the_last_norm():
+    backbone = load_backbone("vit_mini_random", "cpu", dtype="float32")
+    images = images_of(3, 32, 32, 3)
+    with torch.inference_mode():
+        tokens = backbone.model.forward_features(backbone.prepare(images))  # [B,65,192], normed
+    torch.testing.assert_close(backbone(images), tokens[:, 0])
+    one = load_backbone("vit_mini_random", "cpu", dtype="float32").model.blocks
+    assert (len(one), one[0].attn.num_heads, tokens.shape[1:]) == (12, 3, (65, 192))
+
+
+def damage_missing(state, path):
+    torch.save({key: value for key, value in state.items() if "blocks.3" not in key}, path)
+
+
+def damage_extra(state, path):
+    torch.save({**state, "mask_token": torch.zeros(1), "extra": torch.zeros(1)}, path)
+
+
+def damage_shape(state, path):
+    torch.save({**state, "pos_embed": torch.zeros(1, 197, 192)}, path)
+
+
+def damage_truncated(state, path):
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def damage_truncated_legacy(state, path):
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def damage_text(state, path):
+    path.write_text("<html>404</html>")
+
+
+def damage_empty(state, path):
+    path.write_bytes(b"")
+
+
+def damage_class(state, path):
+    torch.save({"teacher": state, "args": pathlib.PurePosixPath("x")}, path)
+
+
+def damage_nested(state, path):
+    torch.save({"model": state}, path)
+
+
+def damage_list(state, path):
+    torch.save([1, 2], path)
+
+
+@pytest.mark.parametrize("damage, said", [
+    (damage_missing, r"missing blocks\.3\.norm1\.weight, .*, .* and 9 more"),
+    (damage_extra, r"unexpected mask_token, extra;"),
+    (damage_shape, r"misshapen pos_embed \[1, 197, 192\] for \[1, 65, 192\]"),
+    (damage_truncated, "truncated or not a weights file"),
+    (damage_truncated_legacy, "truncated or not a weights file"),
+    (damage_text, "truncated or not a weights file"),
+    (damage_empty, "truncated or not a weights file"),
+    (damage_class, r"pickles a pathlib\.PurePosixPath"),
+    (damage_nested, "holds no state dict"),
+    (damage_list, "holds no state dict"),
+])
+def test_damaged_checkpoints_are_refused_by_name(tmp_path, trained, damage, said):
+    path = tmp_path / "damaged.pth"
+    damage(trained.state_dict(), path)
+    with pytest.raises(ValueError, match=said) as caught:
+        load_backbone("vit_mini_random", "cpu", path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_checkpoints_that_do_not_fit(tmp_path, trained):
+    path = tmp_path / "other.safetensors"
+    save_file(timm.create_model("resnet18", num_classes=0).state_dict(), path)
+    with pytest.raises(ValueError, match=r"does not fit vit_mini_random \(vit_tiny.*missing cls_t"):
+        load_backbone("vit_mini_random", "cpu", path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(ValueError, match="truncated or not a weights file"):
+        load_backbone("vit_mini_random", "cpu", path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        load_backbone("vit_mini_random", "cpu", tmp_path / "nowhere.pth")
+    with pytest.raises(FileNotFoundError, match="are not there"):
+        load_backbone("vit_mini_random", "cpu", tmp_path)
+    with pytest.raises(ValueError, match="pixels has no weights"):
+        load_backbone("pixels", "cpu", path)
+    with pytest.raises(ValueError, match="not a dictionary of patches"):
+        load_backbone("patch_kmeans", "cpu", path)
+
+
+def test_namespace_is_let_through_only_while_a_checkpoint_is_read(tmp_path, trained):
+    path = tmp_path / "full.pth"
+    write_full(trained.state_dict(), path)
+    load_backbone("vit_mini_random", "cpu", path)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_vits16_has_the_names_and_shapes_of_facebooks_code(weights_dir):
+    due = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384),
+           "patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,),
+           "norm.weight": (384,), "norm.bias": (384,)}
+    for i in range(12):
+        for part, shape in {"norm1": (384,), "norm2": (384,), "attn.qkv": (1152, 384),
+                            "attn.proj": (384, 384), "mlp.fc1": (1536, 384),
+                            "mlp.fc2": (384, 1536)}.items():
+            due |= {f"blocks.{i}.{part}.weight": shape, f"blocks.{i}.{part}.bias": shape[:1]}
+    state = {key: torch.full(shape, 0.01) for key, shape in due.items()}
+    torch.save(state, weights_dir / "dino_deitsmall16_pretrain.pth")
+    backbone = load_backbone("dino_vits16", "cpu")
+    assert backbone.dim == 384
+    assert all((value == 0.01).all() for value in backbone.model.state_dict().values())
+
+
+def test_resnet50_takes_torchvisions_names_and_drops_fc(weights_dir):
+    from torchvision.models import resnet50
+    reference = resnet50().eval()
+    torch.save(reference.state_dict(), weights_dir / "dino_resnet50_pretrain.pth")
+    backbone = load_backbone("dino_resnet50", "cpu", dtype="float32")
+    x = backbone.prepare(images_of(2, 32, 32, 3))
+    reference.fc = torch.nn.Identity()
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone.encode(x), reference(x), rtol=1e-3, atol=1e-4)
+    assert backbone.dim == 2048
+
+
+def test_timm_names_take_timms_transform_and_a_file_of_their_own(weights_dir):
+    name = "timm:vit_tiny_patch16_224.augreg_in21k"
+    torch.manual_seed(3)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10)
+    save_file(model.state_dict(), weights_dir / "vit_tiny_patch16_224.augreg_in21k.safetensors")
+    backbone = load_backbone(name, "cpu", dtype="float32")
+    assert (backbone.name, backbone.dim, backbone.spec.input_size) == (name, 192, 224)
+    assert backbone.spec.mean == backbone.spec.std == (0.5, 0.5, 0.5)
+    torch.testing.assert_close(backbone.model.pos_embed, model.pos_embed)
+
+
+@pytest.mark.parametrize("name", ["dino_resnet50", "dino_vits16", "dino_vitb16", "timm:resnet18"])
+def test_without_network_the_file_to_fetch_is_named_and_none_is_left(weights_dir, name):
+    with pytest.raises(ConnectionError, match="Network is unreachable") as caught:
+        load_backbone(name, "cpu")
+    spec = backbones._find_spec(name)
+    assert str(weights_dir / spec.file) in str(caught.value) and spec.url in str(caught.value)
+    assert list(weights_dir.iterdir()) == [] and "\n" not in str(caught.value)
+
+
+def test_a_download_is_kept_only_when_it_is_whole(weights_dir, monkeypatch):
+    state = timm.create_model("resnet50", num_classes=0).state_dict()
+
+    def torn(url, path):
+        torch.save(state, path)
+        with open(path, "r+b") as file:
+            file.truncate(100_000)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", torn)
+    with pytest.raises(ConnectionError, match="truncated"):
+        load_backbone("dino_resnet50", "cpu")
+    assert list(weights_dir.iterdir()) == []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda _, path: torch.save(state, path))
+    load_backbone("dino_resnet50", "cpu")
+    assert [path.name for path in weights_dir.iterdir()] == ["dino_resnet50_pretrain.pth"]
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    load_backbone("dino_resnet50", "cpu")
+
+
+def test_the_table_agrees_with_timm_and_with_the_published_figures():
+    for name in ("dino_vits16", "dino_vitb16"):
+        spec = BACKBONES[name]
+        config = timm.get_pretrained_cfg(spec.architecture)
+        assert config.url == spec.url and spec.url.endswith(f"/{spec.file}")
+        assert (config.mean, config.std, config.interpolation) == (
+            spec.mean, spec.std, spec.interpolation)
+        assert config.input_size == (3, spec.input_size, spec.input_size)
+    figures = {name: spec.published_knn for name, spec in BACKBONES.items() if spec.published_knn}
+    assert figures == {"dino_resnet50": 67.5, "dino_vits16": 74.5, "dino_vitb16": 76.1}
+    assert [BACKBONES[name].dim for name in figures] == [2048, 384, 768]
+
+
+def test_pixels_are_flattened_as_they_are():
+    backbone = load_backbone("pixels")
+    assert backbone.dim is None
+    for shape in ((5, 28, 28, 1), (5, 32, 32, 3)):
+        images = images_of(*shape)
+        got = backbone(images)
+        assert got.dtype == torch.float32 and backbone.dim == got.shape[1] == np.prod(shape[1:])
+        np.testing.assert_allclose(got, images.reshape(5, -1) / 255, atol=1e-7)
+        torch.testing.assert_close(backbone(list(images)), got)
+    with pytest.raises(ValueError, match="pixels needs images of one size"):
+        backbone([images_of(8, 8, 3), images_of(9, 8, 3)])
+    with pytest.raises(ValueError, match="computed in float32 only"):
+        load_backbone("pixels", dtype="bfloat16")
+
+
+def bare(size, **options):
+    """A backbone whose transform only resizes."""
+    spec = BackboneSpec("bare", "bare", input_size=size, mean=(0.0,) * 3, std=(1.0,) * 3, **options)
+    return Backbone(spec, torch.nn.Flatten(), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("height, width, size", [(32, 32, 224), (96, 96, 224), (300, 257, 224),
+                                                 (64, 64, 32), (28, 28, 32)])
+def test_resize_is_torchvisions_antialiased_one_and_pils(height, width, size, interpolation):
+    smooth = np.asarray(Image.fromarray(images_of(6, 6, 3) // 2 + 64).resize((width, height)))
+    images = np.stack([images_of(height, width, 3), smooth])
+    got = bare(size, interpolation=interpolation).prepare(images)  # [2,3,S,S]
+    mode = InterpolationMode(interpolation)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)
+    due = TF2.resize(x / 255, [size, size], mode, antialias=True).clamp(0, 1)
+    torch.testing.assert_close(got, due, rtol=0, atol=1e-5)
+    pil = [TF.to_tensor(TF.resize(Image.fromarray(image), [size, size], mode)) for image in images]
+    noise, photo = (torch.stack(pil) - got).abs()
+    # PIL rounds to bytes and clips after each of its two passes, which only noise makes visible
+    assert photo.max() < 2 / 255 and noise.mean() < 1 / 255
+    aliased = TF2.resize(x / 255, [size, size], mode, antialias=False).clamp(0, 1)
+    assert size > height or (aliased - got).abs().max() > 10 / 255
+
+
+def test_images_of_varying_sizes_are_prepared_one_by_one():
+    backbone = load_backbone("vit_mini_random", "cpu", dtype="float32")
+    images = [images_of(40, 50, 3), images_of(32, 32, 3), images_of(64, 20, 3)]
+    got = backbone.prepare(images)
+    assert got.shape == (3, 3, 32, 32)
+    for image, row in zip(images, got, strict=True):
+        torch.testing.assert_close(backbone.prepare(image[None])[0], row)
+    same = images_of(4, 48, 48, 3)
+    torch.testing.assert_close(backbone.prepare(same), backbone.prepare(iter(same)))
+
+
+def test_grey_images_become_rgb_and_28_pixels_are_padded_with_black():
+    grey = images_of(4, 28, 28, 1)
+    got = bare(32).prepare(grey)
+    due = np.pad(grey[..., 0] / 255, ((0, 0), (2, 2), (2, 2)))
+    for channel in range(3):
+        np.testing.assert_allclose(got[:, channel], due, atol=1e-6)
+    assert bare(224).prepare(grey).shape == (4, 3, 224, 224)
+    black = load_backbone("vit_mini_random").prepare(np.zeros((1, 28, 28, 1), np.uint8))
+    torch.testing.assert_close(black, (-IMAGENET[0] / IMAGENET[1]).expand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("images", [np.zeros((2, 32, 32, 3)), np.zeros((2, 32, 32), np.uint8),
+                                    np.zeros((2, 32, 32, 4), np.uint8)])
+def test_other_arrays_are_refused(images):
+    with pytest.raises(ValueError, match=r"pass uint8 \[B,H,W,C\]"):
+        bare(32).prepare(images)
+
+
+def test_the_untrained_vit_is_always_the_same_and_leaves_the_random_state_alone():
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    first = load_backbone("vit_mini_random", "cpu").describe()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(12)
+    assert load_backbone("vit_mini_random", "cpu").describe() == first
+
+
+def test_the_description_follows_the_weights_as_they_are():
+    backbone = load_backbone("vit_mini_random", "cpu")
+    before = backbone.describe()
+    with torch.no_grad():
+        backbone.model.blocks[5].mlp.fc1.bias[3] += 1e-3
+    after = backbone.describe()
+    assert before.pop("weights_sha256") != after.pop("weights_sha256") and before == after
+    assert load_backbone("pixels").describe()["weights_sha256"] is None
+    assert load_backbone("vit_mini_random", "cpu", dtype="float32").describe()["dtype"] == "float32"
+
+
+def test_bfloat16_agrees_with_float32_where_the_cpu_gains_from_it():
+    if not backbones._gains_from_bf16(torch.device("cpu")):
+        pytest.skip("this CPU has no AMX tiles: auto is float32 here")
+    smooth = [Image.fromarray(images_of(5, 5, 3, seed=i)).resize((32, 32)) for i in range(64)]
+    images = np.stack([np.asarray(image) for image in smooth])
+    auto = load_backbone("vit_mini_random", "cpu")
+    assert auto.dtype == torch.bfloat16
+    due = load_backbone("vit_mini_random", "cpu", dtype="float32")(images)
+    got = auto(images)
+    assert got.dtype == torch.float32 and not torch.equal(got, due)
+    centre = due.mean(0)  # what all images share would hide a difference
+    assert torch.cosine_similarity(got - centre, due - centre).mean() > 0.99
+
+
+@pytest.mark.parametrize("name, near", [
+    ("dino_vits", "dino_vits16"), ("pixel", "pixels"), ("vit_small", "timm:vit_small"),
+    ("timm:resnet50.nope", "timm:resnet50"), ("timm:vit_tiny_patch16", "timm:vit_tiny_patch16")])
+def test_unknown_names_list_the_known_and_the_nearest(name, near):
+    with pytest.raises(ValueError, match="known are pixels, vit_mini_random") as caught:
+        load_backbone(name)
+    if name != "vit_small":
+        assert near in str(caught.value).split("nearest:")[1]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_unknown_and_absent_devices_are_refused(device):
+    with pytest.raises(ValueError, match=f"device '{device}' is not there: pass auto"):
+        load_backbone("pixels", device)
+
+
+def test_unknown_dtypes_are_refused():
+    with pytest.raises(ValueError, match="unknown dtype 'half'"):
+        load_backbone("pixels", dtype="half")

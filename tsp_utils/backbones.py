@@ -1,0 +1,339 @@
+"""Backbones: one table of architectures, weights and transforms, and how they are loaded."""
+
+import argparse
+import difflib
+import hashlib
+import os
+import pickle
+import re
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data import resolve_data_config
+from torch import nn
+from torch.nn import functional as F
+
+from tsp_utils.paths import bundled_dir, data_dir
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INIT_SEED = 0  # of every freshly made network, so that the untrained one is the same everywhere
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """One row of the table: what to build, where its weights are, how images are prepared."""
+
+    name: str
+    architecture: str  # timm's name, or our own: pixels, patch_kmeans
+    options: Mapping = field(default_factory=dict)  # further arguments of timm.create_model
+    source: str = "none"  # of the weights: none, random, bundled, url, timm
+    file: str | None = None  # official file name; bundled, or looked for in TSP_DATA/weights first
+    url: str | None = None
+    input_size: int | None = 224  # pixels a side; None: the images' own
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"  # always antialiased, straight to input_size, no crop
+    dim: int | None = None  # None: known once it is loaded, or has seen images
+    published_knn: float | None = None  # ImageNet k-NN top-1, percent: published, not checked here
+    note: str = ""
+
+
+_OFFICIAL = "https://dl.fbaipublicfiles.com/dino"
+_ROWS = [
+    BackboneSpec("pixels", "pixels", input_size=None, mean=(), std=(), interpolation="none",
+                 note="the images at their own size, flattened, in [0, 1]; no weights"),
+    BackboneSpec("vit_mini_random", "vit_tiny_patch16_224", dict(img_size=32, patch_size=4),
+                 "random", input_size=32, dim=192, note="untrained ViT-Ti/4: the floor"),
+    BackboneSpec("patch_kmeans", "patch_kmeans", {}, "bundled", "patch_kmeans.safetensors",
+                 input_size=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), dim=256,
+                 note="Coates, Lee and Ng 2011, learned from Tiny-ImageNet's patches"),
+    BackboneSpec("dino_resnet50", "resnet50", {}, "url", "dino_resnet50_pretrain.pth",
+                 f"{_OFFICIAL}/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
+                 dim=2048, published_knn=67.5, note="TSP-ResNet"),
+    BackboneSpec("dino_vits16", "vit_small_patch16_224.dino", {}, "timm",
+                 "dino_deitsmall16_pretrain.pth",
+                 f"{_OFFICIAL}/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+                 dim=384, published_knn=74.5, note="TSP-ViT1"),
+    BackboneSpec("dino_vitb16", "vit_base_patch16_224.dino", {}, "timm",
+                 "dino_vitbase16_pretrain.pth",
+                 f"{_OFFICIAL}/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+                 dim=768, published_knn=76.1, note="TSP-ViT2"),
+]
+BACKBONES: dict[str, BackboneSpec] = {spec.name: spec for spec in _ROWS}
+
+
+class Backbone:
+    """A frozen network with its transform: uint8 images -> float32 features [B, D] on the CPU."""
+
+    def __init__(self, spec: BackboneSpec, model: nn.Module, device: torch.device,
+                 dtype: torch.dtype):
+        self.spec, self.name, self.device, self.dtype = spec, spec.name, device, dtype
+        self.model = model.to(device).eval()
+        self.dim = spec.dim or getattr(model, "head_hidden_size", getattr(model, "num_features",
+                                                                          None))
+
+    def describe(self) -> dict:
+        """Everything that shapes a vector, as JSON values; hashed from the weights as they are."""
+        spec, pool = self.spec, getattr(self.model, "global_pool", "the architecture's")
+        options = ", ".join(f"{key}={value}" for key, value in sorted(spec.options.items()))
+        return {
+            "backbone": self.name,
+            "architecture": f"{spec.architecture}({options})",
+            "weights_sha256": _state_sha256(self.model),
+            "transform": {
+                "input_size": spec.input_size, "mean": list(spec.mean), "std": list(spec.std),
+                "resize": f"{spec.interpolation}, antialiased, no crop, clamped to [0, 1]; "
+                          "28 px grey padded to 32",
+            } if spec.input_size else "flattened, [0, 1]",
+            "pooling": str(getattr(pool, "pool_type", pool)),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def prepare(self, images: np.ndarray | Iterable[np.ndarray]) -> torch.Tensor:
+        """Images uint8 [B,H,W,C], or one by one [H,W,C] of any sizes -> float32 [B,3,S,S].
+
+        `pixels` gives [B,H*W*C] instead. Raises ValueError for anything but uint8 images.
+        """
+        if not isinstance(images, np.ndarray):  # one at a time: a batch of photos may not fit
+            rows = [self.prepare(np.asarray(image)[None]) for image in images]
+            if len({row.shape for row in rows}) > 1:
+                raise ValueError(f"{self.name} needs images of one size: resize them first, or "
+                                 "choose a backbone with an input size of its own")
+            return torch.cat(rows)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+            raise ValueError(f"{self.name} got images {images.dtype} {list(images.shape)}: pass "
+                             "uint8 [B,H,W,C] with C = 1 or 3")
+        device = "cpu" if self.device.type == "mps" else self.device  # MPS lacks the resize
+        x = torch.from_numpy(np.array(images)).to(device)  # uint8 [B,H,W,C]; copied: may be mapped
+        if self.spec.input_size is None:
+            return x.flatten(1).float() / 255  # [B,H*W*C]
+        size, (height, width, channels) = self.spec.input_size, x.shape[1:]
+        x = x.permute(0, 3, 1, 2).float() / 255  # [B,C,H,W]
+        if (height, width, channels, size) == (28, 28, 1, 32):
+            x = F.pad(x, (2, 2, 2, 2))  # [B,1,32,32]
+        elif (height, width) != (size, size):
+            x = F.interpolate(x, (size, size), mode=self.spec.interpolation, antialias=True)
+            x = x.clamp_(0, 1)  # as PIL does: bicubic overshoots at edges
+        x = x.expand(-1, 3, -1, -1)  # [B,3,S,S]
+        mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1)
+                     for v in (self.spec.mean, self.spec.std))
+        return (x - mean) / std
+
+    def __call__(self, images: np.ndarray | Iterable[np.ndarray]) -> torch.Tensor:
+        """Images as for `prepare` -> float32 [B,D] on the CPU."""
+        return self.encode(self.prepare(images))
+
+    @torch.inference_mode()
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """What `prepare` gave -> float32 [B,D] on the CPU."""
+        with torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
+            features = self.model(x.to(self.device))  # [B,D]
+        self.dim = features.shape[1]
+        return features.float().cpu()
+
+
+def load_backbone(name: str, device: str = "auto", checkpoint: str | os.PathLike | None = None,
+                  dtype: str = "auto") -> Backbone:
+    """Load a backbone of the table, or any `timm:<name>`, frozen and ready to call.
+
+    checkpoint: a file to take the weights from instead: a bare state dict or a full DINO checkpoint
+    (.pth; its teacher is taken), or .safetensors. device: auto, cuda, cuda:N, mps or cpu. dtype:
+    float32, bfloat16 (autocast), or auto: bfloat16 where the hardware gains from it.
+    Raises ValueError for an unknown name, device or dtype and for weights that do not fit,
+    FileNotFoundError for a missing file, ConnectionError for a failed download.
+    """
+    spec = _find_spec(name)
+    place = _find_device(device)
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"unknown dtype {dtype!r}: pass auto, float32 or bfloat16")
+    own = spec.architecture in ("pixels", "patch_kmeans")
+    if dtype == "auto":
+        dtype = "bfloat16" if not own and _gains_from_bf16(place) else "float32"
+    if own and dtype != "float32":
+        raise ValueError(f"{name} is computed in float32 only: leave dtype at 'auto'")
+    return Backbone(spec, _load_model(spec, checkpoint), place, getattr(torch, dtype))
+
+
+def _find_spec(name: str) -> BackboneSpec:
+    if name in BACKBONES:
+        return BACKBONES[name]
+    names = timm.list_models() + timm.list_models(pretrained=True)
+    if name.removeprefix("timm:") in names and name.startswith("timm:"):
+        return _timm_spec(name)
+    near = difflib.get_close_matches(name, [*BACKBONES, *(f"timm:{n}" for n in names)], 3, 0.4)
+    raise ValueError(f"unknown backbone {name!r}: known are {', '.join(BACKBONES)}, timm:<name>; "
+                     f"nearest: {', '.join(near) or 'none'}")
+
+
+def _timm_spec(name: str) -> BackboneSpec:
+    full = name.removeprefix("timm:")
+    config = timm.get_pretrained_cfg(full)
+    source = "timm" if config and config.has_weights else "absent"
+    if config and config.tag:
+        full = f"{config.architecture}.{config.tag}"
+    data = resolve_data_config(pretrained_cfg=config.to_dict() if config else {})
+    return BackboneSpec(
+        name, full, {}, source, f"{full}.safetensors",
+        f"https://huggingface.co/timm/{full}/resolve/main/model.safetensors",
+        data["input_size"][-1], tuple(data["mean"]), tuple(data["std"]),
+        "bilinear" if data["interpolation"] == "bilinear" else "bicubic")
+
+
+def _find_device(device: str) -> torch.device:
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = (["cuda", *there] if there else []) + ["mps"] * torch.backends.mps.is_available()
+    if device == "auto":
+        return torch.device(there[0] if there else "cpu")
+    if str(device) not in [*there, "cpu"]:
+        raise ValueError(f"device {str(device)!r} is not there: pass auto, "
+                         f"{', '.join([*there, 'cpu'])}")
+    return torch.device(device)
+
+
+def _gains_from_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    except (AttributeError, RuntimeError):  # a build of torch that does not ask
+        return False
+
+
+def _load_model(spec: BackboneSpec, checkpoint) -> nn.Module:
+    if spec.architecture == "pixels":
+        if checkpoint is not None:
+            raise ValueError("pixels has no weights: leave checkpoint out")
+        return nn.Identity()
+    path = Path(checkpoint) if checkpoint is not None else _find_weights(spec)
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"the weights {path} of {spec.name} are not there: pass "
+                                "checkpoint= with the path of a file")
+    if spec.architecture == "patch_kmeans":
+        from tsp_utils.patch_kmeans import PatchKMeans
+        try:
+            return PatchKMeans.load(path)
+        except Exception as error:
+            raise ValueError(f"{path} is not a dictionary of patches ({_brief(error)}): learn it "
+                             "again with python -m tsp_utils learn-patches") from error
+    if path is not None:
+        return _load_strictly(_create(spec), path, spec)
+    return _create(spec, pretrained=spec.source == "timm")
+
+
+def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
+    """Build the network from a fixed seed, leaving the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(INIT_SEED)  # torch.manual_seed would touch CUDA's too
+        try:
+            return timm.create_model(spec.architecture, pretrained=pretrained, num_classes=0,
+                                     **spec.options)
+        except Exception as error:
+            if not pretrained:
+                raise
+            raise _download_error(spec, error) from error
+
+
+def _find_weights(spec: BackboneSpec) -> Path | None:
+    """The file to load; None where there is none to load or timm downloads it itself."""
+    if spec.source in ("none", "random"):
+        return None
+    if spec.source == "bundled":
+        return bundled_dir() / spec.file
+    path = data_dir() / "weights" / spec.file
+    if path.is_file():
+        return path
+    if spec.source == "absent":
+        raise ValueError(f"timm has no pretrained weights for {spec.name}: pass checkpoint=, or "
+                         f"put {spec.file} into {path.parent}")
+    if spec.source == "url":
+        _download(spec, path)
+        return path
+    return None
+
+
+def _download(spec: BackboneSpec, path: Path) -> None:
+    partial = path.with_name(f"{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(spec.url, str(partial))
+        _read_state(partial)  # a connection that broke off leaves a torn file and no error
+        os.replace(partial, path)
+    except Exception as error:
+        raise _download_error(spec, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _download_error(spec: BackboneSpec, error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"the weights of {spec.name} could not be downloaded ({_brief(error)}): fetch {spec.url} "
+        f"where there is a network and put it at {data_dir() / 'weights' / spec.file}")
+
+
+def _load_strictly(model: nn.Module, path: Path, spec: BackboneSpec) -> nn.Module:
+    """Load a file whose keys and shapes are exactly the model's, heads dropped by name."""
+    due, state = model.state_dict(), _read_state(path)
+    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    heads = ("head", *((classifier,) if isinstance(classifier, str) else classifier))
+    state = {key: value for key, value in state.items()
+             if key in due or not key.startswith(tuple(f"{head}." for head in heads))}
+    wrong = {
+        "missing": [key for key in due if key not in state],
+        "unexpected": [key for key in state if key not in due],
+        "misshapen": [f"{key} {list(state[key].shape)} for {list(due[key].shape)}"
+                      for key in due if key in state and state[key].shape != due[key].shape],
+    }
+    if any(wrong.values()):
+        parts = [f"{what} {', '.join(keys[:3])}"
+                 + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+                 for what, keys in wrong.items() if keys]
+        raise ValueError(f"{path} does not fit {spec.name} ({spec.architecture}): "
+                         f"{'; '.join(parts)}; pass a checkpoint of this architecture")
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    """State dict of a file in one of DINO's official formats, its prefixes taken off."""
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            # full DINO checkpoints pickle their command line; nothing else is let through
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused and isinstance(error, pickle.UnpicklingError):
+            raise ValueError(f"{path} pickles a {refused[1]}, which is not loaded: save its state "
+                             "dict alone") from error
+        raise ValueError(f"{path} is truncated or not a weights file ({_brief(error)}): fetch it "
+                         "again") from error
+    if isinstance(state, dict) and "teacher" in state:
+        state = state["teacher"]
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(key, str) and torch.is_tensor(value) for key, value in state.items()):
+        raise ValueError(f"{path} holds no state dict: pass a bare state dict, a DINO checkpoint "
+                         "with its teacher, or .safetensors")
+    return {key.removeprefix("module.").removeprefix("backbone."): value
+            for key, value in state.items()}
+
+
+def _state_sha256(model: nn.Module) -> str | None:
+    digest, state = hashlib.sha256(), model.state_dict()
+    for key, value in state.items():
+        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest() if state else None
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = textwrap.shorten(lines[0], 300, placeholder="...") if lines else "no message"
+    return f"{type(error).__name__}: {text}"

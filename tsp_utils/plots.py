@@ -1,0 +1,156 @@
+"""Figures: one style, one palette; every plot_* draws into the axes it is given and returns them."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.patches import FancyBboxPatch
+
+CLASS_PALETTE = sns.color_palette("tab10")
+BACKBONE_COLORS = {
+    "pixels": "#8c8c8c", "vit_mini_random": "#c49c6b", "patch_kmeans": "#3a78a8",
+    "dino_resnet50": "#6a9f58", "dino_vits16": "#d1605e", "dino_vitb16": "#967662",
+}
+METHOD_COLORS = {"k-means": "#9aa5b1", "head": "#d1605e"}
+DISPLAY_NAMES = {"k-means": "K-means", "head": "TSP head"}
+
+
+def set_style() -> None:
+    """The style of every figure: readable at half its size."""
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=1.0,
+                  rc={"axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.92",
+                      "figure.dpi": 80, "savefig.dpi": 110, "axes.titlesize": "medium",
+                      "legend.frameon": False, "axes.titlelocation": "left"})
+
+
+def backbone_color(name: str):
+    """The colour of a backbone, the same in every figure."""
+    return BACKBONE_COLORS.get(name) or sns.color_palette("husl", 8)[sum(map(ord, name)) % 8]
+
+
+def class_color(c: int):
+    return CLASS_PALETTE[c % len(CLASS_PALETTE)]
+
+
+def plot_consistency(table: pd.DataFrame, ax=None):
+    """Label consistency against K (Fig. 1). table: columns backbone, k, consistency (percent)."""
+    ax = ax or plt.gca()
+    for name, rows in table.groupby("backbone", sort=False):
+        ax.plot(rows["k"], rows["consistency"], marker="o", markersize=3.5, label=name,
+                color=backbone_color(name))
+    ax.set(xlabel="neighbours K", ylabel="label consistency (%)", ylim=(0, 100))
+    ax.legend()
+    return ax
+
+
+def plot_images(images: np.ndarray, titles=None, n_columns: int = 10, colors=None):
+    """A sheet of images uint8 [N, H, W, C]; returns the figure. titles and edge colors by image."""
+    n_rows = -(-len(images) // n_columns)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=(n_columns * 0.95, n_rows * 1.12),
+                                squeeze=False, layout="constrained")
+    for i, ax in enumerate(axes.flat):
+        ax.set(xticks=[], yticks=[])
+        if i >= len(images):
+            ax.set_visible(False)
+            continue
+        grey = images[i].shape[-1] == 1
+        ax.imshow(images[i][..., 0] if grey else images[i], cmap="gray", interpolation="nearest")
+        ax.grid(False)
+        if titles is not None:
+            ax.set_title(titles[i], fontsize=7.5, loc="center", pad=2)
+        for spine in ax.spines.values():
+            spine.set(visible=colors is not None, linewidth=2.5,
+                      edgecolor=None if colors is None else colors[i])
+    return figure
+
+
+def plot_curves(curves: np.ndarray, label: str, ax=None, reference: float | None = None,
+                color=METHOD_COLORS["head"]):
+    """Training curves [E, S], one thin line a seed and their mean; an optional reference line."""
+    ax = ax or plt.gca()
+    epochs = np.arange(1, len(curves) + 1)
+    ax.plot(epochs, curves, color=color, alpha=0.25, linewidth=0.8)
+    ax.plot(epochs, curves.mean(1), color=color, linewidth=2)
+    if reference is not None:
+        ax.axhline(reference, color="0.4", linestyle=":", linewidth=1.2)
+    ax.set(xlabel="epoch", title=label)
+    return ax
+
+
+def plot_kmeans_against_head(table: pd.DataFrame, metric: str = "acc", ax=None):
+    """Each seed as a line from its K-means to its head. table: columns method, seed, <metric>."""
+    ax = ax or plt.gca()
+    wide = table.pivot(index="seed", columns="method", values=metric)[["k-means", "head"]]
+    ax.plot([0, 1], wide.T, color="0.75", linewidth=1, zorder=1)
+    for x, method in enumerate(wide):
+        ax.scatter(np.full(len(wide), x), wide[method], color=METHOD_COLORS[method], zorder=2, s=28)
+        ax.errorbar(x + (0.14 if x else -0.14), wide[method].mean(), wide[method].std(),
+                    color=METHOD_COLORS[method], marker="_", markersize=14, capsize=3)
+    ax.set(xticks=[0, 1], xticklabels=[DISPLAY_NAMES[m] for m in wide], xlim=(-0.5, 1.5),
+           ylabel=f"{metric.upper()} (%)")
+    return ax
+
+
+def plot_confusion(counts: np.ndarray, classes, class_of, ax=None):
+    """Row-normalised confusion [n_classes, n_clusters], clusters ordered by their matched class."""
+    ax = ax or plt.gca()
+    order = np.argsort(np.where(class_of < 0, len(classes), class_of), kind="stable")
+    shares = 100 * counts[:, order] / counts.sum(1, keepdims=True)
+    sns.heatmap(shares, ax=ax, cmap="Blues", vmin=0, vmax=100, annot=len(classes) <= 20, fmt=".0f",
+                annot_kws={"fontsize": 8}, cbar=False, square=True, yticklabels=classes,
+                xticklabels=[classes[c] if c >= 0 else "-" for c in class_of[order]])
+    ax.set(xlabel="cluster, named by its matched class", ylabel="class")
+    ax.tick_params(axis="x", rotation=60)
+    return ax
+
+
+def plot_map(points: np.ndarray, groups: np.ndarray, names, ax=None, legend: bool = True):
+    """A two-dimensional map [N, 2] coloured by group [N]."""
+    ax = ax or plt.gca()
+    for c, name in enumerate(names):
+        chosen = points[groups == c]
+        ax.scatter(chosen[:, 0], chosen[:, 1], s=5, color=class_color(c), label=name, alpha=0.7,
+                   linewidths=0)
+    ax.set(xticks=[], yticks=[], aspect="equal")
+    ax.grid(False)
+    if legend:
+        ax.legend(markerscale=3, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def plot_method(ax=None):
+    """Fig. 3 in our words: what is frozen, what is trained, where labels come in."""
+    ax = ax or plt.gca()
+    boxes = [
+        (0.0, "images of\nthe target", "0.93"), (1.0, "frozen backbone\n(DINO or any other,\n"
+         "pretrained on a\nlarger source)", "#dce8f2"), (2.0, "features\nx in R$^D$", "0.93"),
+        (3.0, "K nearest\nneighbours,\nweights P(j|i)\n(Eq. 4)", "#dce8f2"),
+        (4.0, "linear head\np = softmax(Wx + b)\nstart: K-means,\nloss: Eq. 5", "#f4d9d8"),
+        (5.0, "clusters", "0.93"),
+    ]
+    for x, text, color in boxes:
+        ax.add_patch(FancyBboxPatch((x * 1.25, 0), 1.0, 0.9, boxstyle="round,pad=0.02",
+                                    facecolor=color, edgecolor="0.5", linewidth=0.8))
+        ax.text(x * 1.25 + 0.5, 0.45, text, ha="center", va="center", fontsize=9.5)
+        if x:
+            ax.annotate("", (x * 1.25 - 0.03, 0.45), (x * 1.25 - 0.22, 0.45),
+                        arrowprops=dict(arrowstyle="-|>", color="0.35"))
+    ax.text(5.5, -0.22, "learned: the head alone", ha="center", fontsize=9, color="#b04a48")
+    ax.text(6.75, -0.22, "labels: only here,\nto score", ha="center", va="top", fontsize=9,
+            color="0.35")
+    ax.set(xlim=(-0.1, 7.4), ylim=(-0.55, 1.0))
+    ax.axis("off")
+    return ax
+
+
+def umap_points(features: np.ndarray, n_points: int, seed: int = 0):
+    """UMAP of n_points features chosen by seed; returns their indices [n] and coordinates [n, 2]."""
+    import warnings
+
+    from umap import UMAP
+
+    n_points = min(n_points, len(features))
+    chosen = np.sort(np.random.default_rng(seed).choice(len(features), n_points, replace=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "n_jobs overridden by random_state": what we ask for
+        return chosen, UMAP(metric="cosine", random_state=seed).fit_transform(features[chosen])
