@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tsp_utils.datasets import DATASETS, IMAGE_SUFFIXES, ImageDataset, ImageFiles, load_dataset
+from tsp_utils.datasets import DATASETS, ImageDataset, load_dataset
+from tsp_utils.image_folders import IMAGE_SUFFIXES, ImageFiles
 from tsp_utils.paths import REPOSITORY, bundled_dir, data_dir
 
 
@@ -376,7 +377,7 @@ def test_a_corrupt_pickle_is_named_and_kept(tmp_path, monkeypatch):
     write_cifar(tmp_path, monkeypatch, "CIFAR10")
     bad = tmp_path / "cifar-10-batches-py" / "data_batch_2"
     bad.write_bytes(bad.read_bytes()[:-1] + b"x")
-    with pytest.raises(OSError, match="data_batch_2 in .* is corrupt") as error:
+    with pytest.raises(OSError, match=r"data_batch_2 in .* is corrupt") as error:
         load_dataset("cifar10", "test", tmp_path)
     assert "data_batch_1" not in one_sentence(error) and bad.exists()
 
@@ -458,7 +459,7 @@ def test_an_archive_put_there_by_hand_is_unpacked(tmp_path, monkeypatch, no_netw
     packed = pack_cifar(tmp_path, monkeypatch)
     archive = tmp_path / "cifar-10-python.tar.gz"
     archive.write_bytes(packed[:-10])
-    with pytest.raises(OSError, match="cifar-10-python.tar.gz is corrupt") as error:
+    with pytest.raises(OSError, match=r"cifar-10-python\.tar\.gz is corrupt") as error:
         load_dataset("cifar10", "test", tmp_path)
     one_sentence(error)
     assert everything_under(tmp_path) == {archive.name}

@@ -16,10 +16,12 @@ _HOME = {
         "label_consistency", "knn_accuracy",
     ],
     "losses": ["tsp_loss"],
-    "heads": ["LinearHeads", "init_heads", "train_heads", "kmeans"],
+    "heads": ["LinearHeads", "scale_features", "init_heads", "train_heads", "kmeans"],
     "metrics": ["clustering_metrics", "confusion", "match_clusters"],
-    "claims": ["CLAIMS", "RULES", "decide"],
+    "claims": ["CLAIMS", "RULES", "decide", "t_interval"],
     "published": ["TABLE_1", "TABLE_2"],
+    "feature_sets": ["FeatureSet"],
+    "head_runs": ["HeadRuns", "summarise"],
     "study": ["Study", "load_study"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from tsp_utils.backbones import load_backbone
 from tsp_utils.datasets import load_dataset
+from tsp_utils.feature_sets import FeatureSet, save_vectors
 from tsp_utils.features import cached_features
+from tsp_utils.head_runs import versions
 from tsp_utils.neighbors import knn_accuracy
-from tsp_utils.paths import bundled_dir
 from tsp_utils.patch_kmeans import learn_patch_kmeans
-from tsp_utils.study import FeatureSet, save_vectors, versions
+from tsp_utils.paths import bundled_dir
 
 VECTOR_BACKBONES = ("vit_mini_random", "patch_kmeans")
 

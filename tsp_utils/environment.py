@@ -44,9 +44,9 @@ def set_up() -> Path:
     if not VENV_PYTHON.exists() and free_gb < DISK_GB:
         raise OSError(f"The environment takes {DISK_GB} GB and {free_gb:.1f} GB are free in "
                       f"{REPOSITORY}; make room or clone elsewhere.")
-    if not VENV_PYTHON.exists():
+    if not _has_pip(VENV_PYTHON):  # none yet, or one whose making was interrupted
         print(f"Creating .venv (once; {DISK_GB} GB on disk, a few minutes)", flush=True)
-        _run([sys.executable, "-m", "venv", str(VENV)])
+        _run([sys.executable, "-m", "venv", "--clear", str(VENV)])
     pip = [str(VENV_PYTHON), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     _run([*pip, "-r", str(lock)])
     _run([*pip, "--no-deps", "--no-build-isolation", "-e", str(REPOSITORY)])
@@ -61,6 +61,11 @@ def run_in_venv(arguments) -> int:
         raise OSError(".venv lacks packages that requirements.lock names; remove .venv and run "
                       "make setup again.")
     return subprocess.call([str(python), "-m", "tsp_utils", *arguments], cwd=str(REPOSITORY))
+
+
+def _has_pip(python: Path) -> bool:
+    return python.exists() and subprocess.run(
+        [str(python), "-m", "pip", "--version"], capture_output=True).returncode == 0
 
 
 def _run(command) -> None:

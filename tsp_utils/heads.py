@@ -98,9 +98,9 @@ class LinearHeads(nn.Module):
         return self.predict_proba(features).argmax(-1)
 
 
-def init_heads(features, n_clusters: int, seeds, init: str = "k-means", row_norm: float | None = None,
-               centers: np.ndarray | None = None) -> LinearHeads:
-    """Appendix A: row c of W is C_c / (||C_c|| sqrt(D)), C_c the centres of K-means, one run a seed.
+def init_heads(features, n_clusters: int, seeds, init: str = "k-means",
+               row_norm: float | None = None, centers: np.ndarray | None = None) -> LinearHeads:
+    """Appendix A: row c of W is C_c / (||C_c|| sqrt(D)), C_c the centres of K-means, a run a seed.
 
     features [N, D]; init "random" draws the rows' directions uniformly instead (the paper leaves
     the law open); row_norm replaces 1 / sqrt(D) (torch's default layer has about 1 / sqrt(3)).
@@ -191,7 +191,7 @@ def train_heads(heads: LinearHeads, features: np.ndarray, neighbors: Neighbors, 
             callback(epoch, heads)
     history.seconds = time.perf_counter() - start
     heads.cpu()
-    _warn_of_collapse(history, heads.seeds, n_clusters, entropy_weight)
+    warn_of_collapse(history.arrays(), heads.seeds, n_clusters, entropy_weight)
     return history
 
 
@@ -213,12 +213,13 @@ def _write_history(history, terms, mean_p, assigned, entropy_weight) -> None:
     history.largest_share.append(assigned.max(1) / assigned.sum(1))
 
 
-def _warn_of_collapse(history, seeds, n_clusters, entropy_weight) -> None:
-    nonempty, share = history.n_nonempty[-1], history.largest_share[-1]
+def warn_of_collapse(curves, seeds, n_clusters: int, entropy_weight: float) -> None:
+    """Warn, with the figures, of every head that ended with unused clusters; curves [E, S]."""
+    nonempty, share = curves["n_nonempty"][-1], curves["largest_share"][-1]
     for s in np.flatnonzero(nonempty < n_clusters):
         warnings.warn(
             f"Collapse: the head of seed {seeds[s]} ended with {int(nonempty[s])} of {n_clusters} "
             f"clusters in use, the largest with {100 * share[s]:.0f} % of the samples, entropy of "
-            f"the mean prediction {history.entropy[-1][s]:.2f} of at most {math.log(n_clusters):.2f} "
-            f"nats, at entropy_weight {entropy_weight:g}; raise entropy_weight or batch_size, or "
-            f"ask for fewer clusters.", stacklevel=3)
+            f"the mean prediction {curves['entropy'][-1][s]:.2f} of at most "
+            f"{math.log(n_clusters):.2f} nats, at entropy_weight {entropy_weight:g}; raise "
+            f"entropy_weight or batch_size, or ask for fewer clusters.", stacklevel=3)

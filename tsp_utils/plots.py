@@ -1,4 +1,4 @@
-"""Figures: one style, one palette; every plot_* draws into the axes it is given and returns them."""
+"""Figures: one style, one palette; every plot_* draws into the axes it is given."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -111,8 +111,9 @@ def plot_map(points: np.ndarray, groups: np.ndarray, names, ax=None, legend: boo
         chosen = points[groups == c]
         ax.scatter(chosen[:, 0], chosen[:, 1], s=5, color=class_color(c), label=name, alpha=0.7,
                    linewidths=0)
-    ax.set(xticks=[], yticks=[], aspect="equal")
+    ax.set(xticks=[], yticks=[])
     ax.grid(False)
+    ax.spines[:].set_visible(False)
     if legend:
         ax.legend(markerscale=3, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
@@ -122,29 +123,31 @@ def plot_method(ax=None):
     """Fig. 3 in our words: what is frozen, what is trained, where labels come in."""
     ax = ax or plt.gca()
     boxes = [
-        (0.0, "images of\nthe target", "0.93"), (1.0, "frozen backbone\n(DINO or any other,\n"
-         "pretrained on a\nlarger source)", "#dce8f2"), (2.0, "features\nx in R$^D$", "0.93"),
+        (0.0, "images of\nthe target", "0.93"),
+        (1.0, "backbone,\npretrained without\nlabels on a larger\nsource (DINO)", "#dce8f2"),
+        (2.0, "features\nx in R$^D$", "0.93"),
         (3.0, "K nearest\nneighbours,\nweights P(j|i)\n(Eq. 4)", "#dce8f2"),
-        (4.0, "linear head\np = softmax(Wx + b)\nstart: K-means,\nloss: Eq. 5", "#f4d9d8"),
+        (4.0, "linear head\nsoftmax(Wx + b),\nfrom K-means,\nby Eq. 5", "#f4d9d8"),
         (5.0, "clusters", "0.93"),
     ]
     for x, text, color in boxes:
-        ax.add_patch(FancyBboxPatch((x * 1.25, 0), 1.0, 0.9, boxstyle="round,pad=0.02",
+        ax.add_patch(FancyBboxPatch((x * 1.25, 0), 1.06, 0.9, boxstyle="round,pad=0.02",
                                     facecolor=color, edgecolor="0.5", linewidth=0.8))
-        ax.text(x * 1.25 + 0.5, 0.45, text, ha="center", va="center", fontsize=9.5)
+        ax.text(x * 1.25 + 0.53, 0.45, text, ha="center", va="center", fontsize=9)
         if x:
-            ax.annotate("", (x * 1.25 - 0.03, 0.45), (x * 1.25 - 0.22, 0.45),
+            ax.annotate("", (x * 1.25 - 0.02, 0.45), (x * 1.25 - 0.17, 0.45),
                         arrowprops=dict(arrowstyle="-|>", color="0.35"))
-    ax.text(5.5, -0.22, "learned: the head alone", ha="center", fontsize=9, color="#b04a48")
-    ax.text(6.75, -0.22, "labels: only here,\nto score", ha="center", va="top", fontsize=9,
-            color="0.35")
-    ax.set(xlim=(-0.1, 7.4), ylim=(-0.55, 1.0))
+    ax.text(1.78, -0.12, "frozen", ha="center", va="top", fontsize=9.5, color="#3a78a8")
+    ax.text(5.53, -0.12, "learned: this alone", ha="center", va="top", fontsize=9.5,
+            color="#b04a48")
+    ax.text(6.78, -0.12, "labels: only to score", ha="center", va="top", fontsize=9.5, color="0.35")
+    ax.set(xlim=(-0.1, 7.45), ylim=(-0.3, 1.0))
     ax.axis("off")
     return ax
 
 
 def umap_points(features: np.ndarray, n_points: int, seed: int = 0):
-    """UMAP of n_points features chosen by seed; returns their indices [n] and coordinates [n, 2]."""
+    """UMAP of n_points features chosen by seed: their indices [n] and coordinates [n, 2]."""
     import warnings
 
     from umap import UMAP

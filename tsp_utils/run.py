@@ -1,16 +1,19 @@
-"""The notebooks in order: run for a profile, resumed, skipped when nothing that shapes them changed."""
+"""The notebooks in order: run for a profile, resumed, skipped where nothing has changed."""
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
 
-from tsp_utils.paths import REPOSITORY, bundled_dir, data_dir
-from tsp_utils.study import Study, load_study, source_hash
+from tsp_utils.head_runs import source_hash
+from tsp_utils.paths import REPOSITORY, bundled_dir, cache_dir, data_dir
+from tsp_utils.study import Study, load_study
 
 NOTEBOOKS = REPOSITORY / "notebooks"
+QUIET = ["--IPKernelApp.log_level=ERROR"]  # else every kernel warns that it talks over TCP
 
 
 def notebook_paths(folder: Path = NOTEBOOKS) -> list[Path]:
@@ -26,12 +29,12 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS):
     the executed copies that are finished stay.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     study = load_study(profile)
     study.run_dir.mkdir(parents=True, exist_ok=True)
-    os.environ["PYTHONPATH"] = os.pathsep.join(  # for the kernels, when nothing is installed
-        [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    _prepare_kernels()
     for path in notebook_paths(folder):
         wanted = notebook_hash(path, study)
         executed = study.run_dir / path.name
@@ -39,24 +42,49 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS):
             yield path.stem, "unchanged, skipped", 0.0
             continue
         start = time.perf_counter()
-        partial = study.run_dir / f".{path.name}.partial"
+        partial = study.run_dir / f".{path.stem}.partial.ipynb"
         try:
             papermill.execute_notebook(
                 path, partial, {"profile": profile}, cwd=str(folder), kernel_name="python3",
-                progress_bar=False, request_save_on_cell_execute=False)
+                progress_bar=False, request_save_on_cell_execute=False, extra_arguments=QUIET)
             _mark(partial, wanted)
             partial.replace(executed)
         except PapermillExecutionError as error:
             failed = executed.with_suffix(".failed.ipynb")
             partial.replace(failed)
             raise RuntimeError(
-                f"{path.name} failed in code cell {error.exec_count}: {error.ename}: "
-                f"{error.evalue} (all of it: {_relative(failed)}); finished notebooks were kept, "
-                f"the same command resumes here.") from None
+                f"{path.name} failed in code cell {_cell_number(failed, error.exec_count)}: "
+                f"{_first_line(error)} (all of it: {_relative(failed)}); finished notebooks were "
+                f"kept, the same command resumes here.") from None
+        except DeadKernelError:
+            raise RuntimeError(f"{path.name} stopped because its kernel died, most often for want "
+                               f"of memory; the same command resumes here.") from None
         finally:
             partial.unlink(missing_ok=True)
         executed.with_suffix(".failed.ipynb").unlink(missing_ok=True)
         yield path.stem, "ran", time.perf_counter() - start
+
+
+def _prepare_kernels() -> None:
+    """What kernels need from here: the package when it is not installed, folders that stay put."""
+    paths = [str(REPOSITORY), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
+    # Kernels work in the notebooks' folder, where a relative path would mean another place.
+    os.environ["TSP_DATA"] = os.path.abspath(data_dir())
+    os.environ["TSP_CACHE"] = os.path.abspath(cache_dir())
+
+
+def _cell_number(executed: Path, exec_count: int | None) -> int | str:
+    """The failed code cell's number in the source, which lacks the parameters papermill injects."""
+    cells = [cell for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"]
+             if cell["cell_type"] == "code"
+             and "injected-parameters" not in cell["metadata"].get("tags", [])]
+    return next((number for number, cell in enumerate(cells, 1)
+                 if exec_count is not None and cell["execution_count"] == exec_count), "?")
+
+
+def _first_line(error) -> str:
+    return f"{error.ename}: {error.evalue}".strip().split("\n")[0]
 
 
 def _relative(path: Path) -> str:
@@ -67,14 +95,20 @@ def notebook_hash(path: Path, study: Study) -> str:
     """Hash of everything that shapes an executed notebook."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     source = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
-    parts = [source, repr(study), source_hash(), _stamp_of(bundled_dir())]
-    parts += [_stamp_of(data_dir() / name) for name in study.datasets if not study.uses_vectors(name)]
+    parts = [source, repr(study), source_hash(), _stamp_of(bundled_dir(), content=True)]
+    parts += [_stamp_of(data_dir() / name) for name in study.datasets
+              if not study.uses_vectors(name)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _stamp_of(folder: Path) -> list:
-    """Names and sizes of the files of a folder; quick, and blind to times (clones differ in them)."""
-    found = [(entry.name, entry.stat().st_size) for entry in folder.rglob("*") if entry.is_file()]
+def _stamp_of(folder: Path, content: bool = False) -> list:
+    """Names and sizes of a folder's files, or their content: weights learned again keep their size.
+
+    Blind to times, in which clones differ.
+    """
+    found = [(entry.relative_to(folder).as_posix(),
+              hashlib.sha256(entry.read_bytes()).hexdigest() if content else entry.stat().st_size)
+             for entry in folder.rglob("*") if entry.is_file()]
     return [len(found), hashlib.sha256(repr(sorted(found)).encode()).hexdigest()]
 
 
@@ -94,33 +128,59 @@ def _mark(path: Path, wanted: str) -> None:
 def refresh(folder: Path = NOTEBOOKS):
     """Run the notebooks with their default parameters and write the outputs back; yields names.
 
-    Nothing is written for a notebook that fails. Timing metadata and execution ids are left out, so
-    that a diff shows what changed.
+    Nothing is written for a notebook that fails (RuntimeError names it and the cell). Timing
+    metadata and execution ids are left out, so that a diff shows what changed.
     """
     import nbformat
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-    os.environ["PYTHONPATH"] = str(REPOSITORY)
+    _prepare_kernels()
     for path in notebook_paths(folder):
         start = time.perf_counter()
         notebook = nbformat.read(path, as_version=4)
-        NotebookClient(notebook, timeout=1200, kernel_name="python3", record_timing=False,
-                       resources={"metadata": {"path": str(folder)}}).execute()
+        client = NotebookClient(notebook, timeout=1200, kernel_name="python3", record_timing=False,
+                                resources={"metadata": {"path": str(folder)}},
+                                extra_arguments=QUIET)
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            number = client.code_cells_executed
+            raise RuntimeError(f"{path.name} failed in code cell {number}: {_first_line(error)}; "
+                               f"it was left as it is.") from None
+        except DeadKernelError:
+            raise RuntimeError(f"{path.name} stopped because its kernel died, most often for want "
+                               f"of memory; it was left as it is.") from None
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)
             if cell.cell_type == "code":
-                cell.outputs = [o for o in cell.outputs if not _is_progress(o)]
+                cell.outputs = _without_progress(cell.outputs)
         notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python",
                                             "name": "python3"},
                              "language_info": {"name": "python"}}
-        nbformat.write(notebook, path)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            nbformat.write(notebook, partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
         yield path.stem, "refreshed", time.perf_counter() - start
 
 
-def _is_progress(output) -> bool:
-    """tqdm's bars, which say something only while they run."""
-    return ("application/vnd.jupyter.widget-view+json" in output.get("data", {})
-            or output.get("name") == "stderr" and ("it/s" in output.text or "s/it" in output.text))
+def _without_progress(outputs: list) -> list:
+    """Outputs less tqdm's bars, which say something only while they run; warnings beside stay."""
+    kept = []
+    for output in outputs:
+        if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+            continue
+        if output.get("name") == "stderr":
+            pieces = [piece for piece in re.split(r"[\r\n]+|\x1b\[A", output.text)
+                      if piece.strip() and not re.search(r"\[[\d:]+[<,].*/\w+[],]", piece)]
+            if not pieces:
+                continue
+            output.text = "\n".join(pieces) + "\n"
+        kept.append(output)
+    return kept
 
 
 def publish_figures(profile: str) -> list[Path]:

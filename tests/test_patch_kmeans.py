@@ -1,0 +1,199 @@
+"""The network of patches: against a plain loop, on disk, learned small, and the one that ships."""
+
+import hashlib
+import inspect
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tsp_utils import knn_accuracy, load_backbone, load_dataset
+from tsp_utils.feature_sets import load_vectors
+from tsp_utils.features import cached_features
+from tsp_utils.patch_kmeans import (
+    PatchKMeans,
+    _contrast_normalised,
+    _draw_patches,
+    learn_patch_kmeans,
+)
+from tsp_utils.paths import bundled_dir
+
+SMALL = dict(n_atoms=24, n_features=16, n_patches=4000, n_pca_images=600)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small networks on a busy machine wait for their threads more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def structured_images(n: int, seed: int = 0) -> np.ndarray:
+    """Coarse random blocks with fine noise: patches that have something to be learned."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (n, 8, 8, 3)).repeat(4, 1).repeat(4, 2)  # [n, 32, 32, 3]
+    return np.clip(coarse + rng.normal(0, 20, coarse.shape), 0, 255).astype(np.uint8)
+
+
+def as_batch(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
+def random_network(n_atoms=9, dim=5) -> PatchKMeans:
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: torch.from_numpy(rng.normal(size=shape))  # noqa: E731
+    return PatchKMeans(0.1 * draw(108), 0.3 * draw(108, 108), draw(n_atoms, 108),
+                       10 * draw(4 * n_atoms), 1 + draw(4 * n_atoms) ** 2, draw(4 * n_atoms, dim))
+
+
+@pytest.fixture(scope="module")
+def learned() -> PatchKMeans:
+    return learn_patch_kmeans(structured_images(600), **SMALL)
+
+
+def loop_activations(network: PatchKMeans, image: np.ndarray) -> np.ndarray:
+    """One image [32, 32, 3], patch by patch and atom by atom in float64."""
+    mean, whitener, atoms = (t.double().numpy() for t in (network.mean, network.whitener,
+                                                          network.atoms))
+    pooled = np.zeros((2, 2, len(atoms)))
+    for y in range(27):
+        for x in range(27):
+            patch = image[y : y + 6, x : x + 6].astype(float).transpose(2, 0, 1).ravel()
+            patch = (patch - patch.mean()) / math.sqrt(patch.var(ddof=1) + 10)
+            z = (patch - mean) @ whitener
+            d = np.array([math.sqrt(((z - atom) ** 2).sum()) for atom in atoms])
+            pooled[int(y >= 14), int(x >= 14)] += np.maximum(0, d.mean() - d)
+    return pooled.ravel()
+
+
+def test_activations_and_features_equal_a_plain_loop():
+    network, images = random_network(), structured_images(2, seed=5)
+    images[1] = 120 + images[1] // 32  # low contrast, where the constant 10 decides
+    images[1, :16] = 128  # flat patches, which the normalisation must survive
+    expected = np.stack([loop_activations(network, image) for image in images])
+    found = network.activations(as_batch(images)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-2)
+    assert expected.std() > 10  # the tolerance is small beside what is compared
+    features = (expected - network.centre.numpy()) / network.scale.numpy() @ network.axes.numpy()
+    np.testing.assert_allclose(network(as_batch(images)).numpy(), features, rtol=1e-3, atol=0.1)
+
+
+def test_patches_are_learned_from_as_they_are_looked_at():
+    """What is drawn for the dictionary is among what an image is later cut into."""
+    image = 120 + structured_images(1, seed=8) // 32
+    drawn = _draw_patches(image, 40, np.random.default_rng(0))
+    every = _contrast_normalised(as_batch(image))[0]  # [729, 108]
+    assert torch.cdist(drawn, every).amin(1).max() < 1e-2
+    assert drawn.shape == (40, 108) and len(torch.unique(drawn, dim=0)) > 30
+
+
+def test_an_image_gives_the_same_alone_or_in_a_batch(learned):
+    batch = as_batch(structured_images(5, seed=2))
+    torch.testing.assert_close(learned(batch)[3:4], learned(batch[3:4]), rtol=1e-4, atol=1e-4)
+
+
+def test_save_and_load_keep_the_axes_within_half_a_step(learned, tmp_path):
+    learned.save(tmp_path / "network.safetensors")
+    loaded = PatchKMeans.load(tmp_path / "network.safetensors")
+    step = learned.axes.abs().amax(0) / 127
+    assert ((loaded.axes - learned.axes).abs() <= 0.501 * step).all()
+    for name in ("mean", "whitener", "atoms"):  # half precision
+        torch.testing.assert_close(getattr(loaded, name), getattr(learned, name), rtol=1e-3,
+                                   atol=1e-4)
+    assert torch.equal(loaded.centre, learned.centre) and torch.equal(loaded.scale, learned.scale)
+    batch = as_batch(structured_images(50, seed=4))
+    assert (loaded(batch) - learned(batch)).norm() < 0.02 * learned(batch).norm()
+
+    loaded.save(tmp_path / "again.safetensors")  # what was rounded once stays
+    torch.testing.assert_close(PatchKMeans.load(tmp_path / "again.safetensors").axes, loaded.axes)
+
+
+def test_learned_features_are_finite_uncorrelated_and_ordered(learned):
+    """Whole PCA on the images it was fitted on: columns uncorrelated, norms s^(1/2), falling."""
+    images = structured_images(600)
+    features = learned(as_batch(images)).numpy()
+    assert features.shape == (600, 16) and np.isfinite(features).all()
+    gram = features.T @ features
+    norms = np.sqrt(np.diag(gram))
+    assert np.abs(gram / np.outer(norms, norms) - np.eye(16)).max() < 0.02
+    assert (np.diff(norms) < 1e-3 * norms[0]).all() and norms[0] > 1.1 * norms[-1]
+    standardised = (learned.activations(as_batch(images)) - learned.centre) / learned.scale
+    singular = np.linalg.svd(standardised.numpy(), compute_uv=False)[:16]
+    np.testing.assert_allclose(norms, singular**0.5, rtol=0.03)
+
+
+def test_same_seed_same_network_and_another_seed_another(learned):
+    again = learn_patch_kmeans(structured_images(600), **SMALL)
+    for name, value in learned.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=1e-4, atol=1e-4)
+    other = learn_patch_kmeans(structured_images(600), **SMALL, seed=1)
+    assert not torch.allclose(other.atoms, learned.atoms, atol=1e-2)
+
+
+def test_learning_takes_images_and_no_labels():
+    parameters = inspect.signature(learn_patch_kmeans).parameters
+    assert next(iter(parameters)) == "images"
+    assert not [name for name in parameters if "label" in name or "class" in name or name == "y"]
+    required = [p.name for p in parameters.values() if p.default is p.empty]
+    assert required == ["images"]
+
+
+def test_bad_input_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match=r"shape \(600, 28, 28, 1\); resize them to 32 px"):
+        learn_patch_kmeans(np.zeros((600, 28, 28, 1), np.uint8))
+    with pytest.raises(ValueError, match=r"31 images are too few .* at least 32 images"):
+        learn_patch_kmeans(structured_images(31), **SMALL)
+
+
+# The network that ships.
+
+
+def card() -> dict:
+    return json.loads((bundled_dir() / "patch_kmeans.json").read_text())
+
+
+def test_bundled_file_is_small_and_is_the_one_on_its_card():
+    content = (bundled_dir() / "patch_kmeans.safetensors").read_bytes()
+    assert len(content) < 2_000_000
+    assert hashlib.sha256(content).hexdigest() == card()["sha256"]
+    network = load_backbone("patch_kmeans", device="cpu")
+    assert network.model.atoms.shape == (card()["atoms"], 108)
+    assert network(structured_images(2)).shape == (2, card()["dim"])
+    assert card()["knn"]["cifar10, train to test"] >= 64
+
+
+def test_bundled_vectors_know_more_of_the_classes_than_an_untrained_network():
+    """Leave-one-out on every third test image, from the vectors that ship."""
+    accuracy = {}
+    for name in ("patch_kmeans", "vit_mini_random"):
+        found = load_vectors("cifar10", name)
+        accuracy[name] = knn_accuracy(found.features[::3], found.labels[::3])
+    assert accuracy["patch_kmeans"] > accuracy["vit_mini_random"] + 0.2
+    assert 0.15 < accuracy["vit_mini_random"] < 0.35
+
+
+def test_fashion_mnist_figure_of_the_card(monkeypatch):
+    """All 10,000 images where their features are cached; 600 of them, beside pixels, otherwise."""
+    images, network = load_dataset("fashion-mnist", "test"), load_backbone("patch_kmeans", "cpu")
+
+    class NotCachedError(Exception):
+        pass
+
+    def refuse(*_):
+        raise NotCachedError
+
+    monkeypatch.setattr("tsp_utils.features._extract_to", refuse)
+    try:
+        features = cached_features(network, images, progress=False)
+    except (NotCachedError, OSError):
+        few = images.images[:600]
+        mine, pixels = network(few).numpy(), few.reshape(len(few), -1).astype(np.float32)
+        found, floor = (knn_accuracy(x, images.labels[:600]) for x in (mine, pixels))
+        assert found > 0.6 and found > floor - 0.05
+    else:
+        found = 100 * knn_accuracy(features, images.labels)
+        assert found == pytest.approx(card()["knn"]["fashion-mnist test, leave-one-out"], abs=0.1)

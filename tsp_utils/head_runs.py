@@ -1,0 +1,237 @@
+"""K-means and heads of one setting, all seeds: trained or read back, scored, and their record.
+
+A run depends on a study's settings, on the fitted features and on the library sources that train
+and score: its files are named by a hash of these.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import time
+import zipfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tsp_utils.feature_sets import FeatureSet
+from tsp_utils.paths import PACKAGE, cache_dir
+
+logger = logging.getLogger(__name__)
+
+CORE = ("features", "neighbors", "losses", "heads", "metrics")  # what a trained head depends on
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRuns:
+    """K-means and trained heads of one setting, all seeds.
+
+    centers [S, C, D] and heads (`LinearHeads`) work on scaled features, `scaled(features)`; curves
+    are the training's [E, S]; table has one row a method, seed and scored split (acc, nmi, ari in
+    percent).
+    """
+
+    settings: dict
+    centers: np.ndarray
+    heads: object
+    curves: dict[str, np.ndarray]
+    scale: float
+    table: pd.DataFrame
+    seconds: float
+
+    @property
+    def best(self) -> int:
+        """The seed with the lowest training loss: chosen without labels."""
+        return int(self.curves["loss"][-1].argmin())
+
+    def scaled(self, features) -> np.ndarray:
+        """Features [N, D] by the scalar that was learned from the fitted ones."""
+        return _scaled(features, self.settings["scaling"], self.scale)
+
+    def head_clusters(self, features) -> np.ndarray:
+        """Clusters by the heads, int64 [S, N], of unscaled features [N, D]."""
+        return self.heads.predict(self.scaled(features))
+
+    def kmeans_clusters(self, features) -> np.ndarray:
+        """Clusters by nearest K-means centre, int64 [S, N], of unscaled features [N, D]."""
+        return _nearest_centers(self.scaled(features), self.centers)
+
+
+def _scaled(features, scaling: str, scale: float) -> np.ndarray:
+    from tsp_utils.heads import scale_features
+    return scale_features(features, "l2") if scaling == "l2" else features * np.float32(scale)
+
+
+def _nearest_centers(x: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    return np.stack([(np.square(c).sum(1) - 2 * (x @ c.T)).argmin(1) for c in centers])
+
+
+def run_heads(study, fit: FeatureSet, score: FeatureSet) -> HeadRuns:
+    """Train (or read back) all seeds of one setting and score them; leaves one JSON record."""
+    import torch
+
+    from tsp_utils.heads import LinearHeads, init_heads, train_heads, warn_of_collapse
+    from tsp_utils.neighbors import nearest_neighbors
+
+    settings = _settings(study, fit) | dict(score=score.fingerprint)
+    key = _key(settings)
+    path = cache_dir() / "heads" / f"{_file_name(fit)}_{key}.npz"
+    centers, scale = _fit_kmeans(study, fit)
+    arrays = _read_arrays(path)
+    was_read = arrays is not None
+    if not was_read:
+        start = time.perf_counter()
+        scaled = _scaled(fit.features, study.scaling, scale)
+        heads = init_heads(scaled, settings["n_clusters"], study.seeds, centers=centers)
+        history = train_heads(
+            heads, scaled, nearest_neighbors(scaled, study.n_neighbors, study.metric),
+            entropy_weight=study.entropy_weight, max_epochs=study.max_epochs,
+            min_steps=study.min_steps, batch_size=study.batch_size,
+            learning_rate=study.learning_rate, device=_device())
+        arrays = {f"curve_{name}": curve for name, curve in history.arrays().items()} | dict(
+            weight=heads.weight.detach().numpy(), bias=heads.bias.detach().numpy(),
+            seconds=time.perf_counter() - start,
+            made_with=json.dumps(versions() | {"machine": platform.machine(), "device": _device()}))
+        _write_whole(path, lambda file: np.savez(file, **arrays))
+    curves = {name.removeprefix("curve_"): arrays[name] for name in arrays if "curve_" in name}
+    if was_read:  # a collapse is said again, whenever its heads are used
+        warn_of_collapse(curves, study.seeds, settings["n_clusters"], study.entropy_weight)
+    heads = LinearHeads(arrays["weight"], study.seeds)
+    heads.bias.data = torch.from_numpy(arrays["bias"])
+    run = HeadRuns(settings, centers, heads, curves, scale, pd.DataFrame(),
+                   float(arrays["seconds"]))
+    table = _score_clusters(study, fit, score,
+                            {"k-means": run.kmeans_clusters, "head": run.head_clusters})
+    _write_record(study.run_dir / "records" / f"{_file_name(fit)}_{key}.json", run, table,
+                  json.loads(str(arrays["made_with"])))
+    return replace(run, table=table)
+
+
+def run_kmeans(study, fit: FeatureSet, score: FeatureSet) -> pd.DataFrame:
+    """K-means alone, all seeds of one setting, scored as in `HeadRuns.table`."""
+    centers, scale = _fit_kmeans(study, fit)
+    return _score_clusters(study, fit, score, {
+        "k-means": lambda x: _nearest_centers(_scaled(x, study.scaling, scale), centers)})
+
+
+def _fit_kmeans(study, fit: FeatureSet) -> tuple[np.ndarray, float]:
+    """K-means centres [S, C, D] of the scaled features, all seeds, and the scalar; cached."""
+    from tsp_utils.heads import kmeans, scale_features
+
+    needed = ("n_seeds", "scaling", "dataset", "backbone", "n_clusters", "fit", "sources")
+    key = _key({name: _settings(study, fit)[name] for name in needed})
+    path = cache_dir() / "heads" / f"{_file_name(fit)}_{key}_kmeans.npz"
+    arrays = _read_arrays(path)
+    if arrays is None:
+        scaled = scale_features(fit.features, study.scaling)
+        row = int(np.linalg.norm(scaled, axis=1).argmax())  # any row that is not 0 gives the scalar
+        arrays = dict(centers=kmeans(scaled, _n_clusters(fit), study.seeds).centers,
+                      scale=np.linalg.norm(scaled[row]) / np.linalg.norm(fit.features[row]))
+        _write_whole(path, lambda file: np.savez(file, **arrays))
+    return arrays["centers"], float(arrays["scale"])
+
+
+def _n_clusters(fit: FeatureSet) -> int:
+    return int(fit.labels.max()) + 1  # C is assumed known (Sec. 3.2): all that training takes
+
+
+def _settings(study, fit: FeatureSet) -> dict:
+    """Everything that a trained head depends on, as JSON values."""
+    of_the_profile = ("profile", "datasets", "backbones", "default_backbone", "bundled_vectors",
+                      "umap_points")
+    return {key: value for key, value in asdict(study).items() if key not in of_the_profile} | dict(
+        dataset=fit.dataset, backbone=fit.backbone, n_clusters=_n_clusters(fit), n=len(fit.labels),
+        dim=fit.features.shape[1], fit=fit.fingerprint, sources=source_hash(CORE))
+
+
+def _key(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read_arrays(path: Path) -> dict | None:
+    """Arrays of a cached .npz; None where there is none, or one that cannot be read."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        logger.warning("%s cannot be read (%s) and is made again.", path.name, error)
+        return None
+
+
+def _score_clusters(study, fit: FeatureSet, score: FeatureSet, methods: dict) -> pd.DataFrame:
+    """One row a method, seed and scored split; methods: name -> features [N, D] to [S, N]."""
+    from tsp_utils.metrics import clustering_metrics
+
+    scored = {"test": score} if study.protocol == "all" else {"test": score, "train": fit}
+    return pd.DataFrame([
+        dict(dataset=fit.dataset, backbone=fit.backbone, protocol=study.protocol, scored=split,
+             method=method, seed=seed)
+        | {name: 100 * value for name, value in clustering_metrics(found.labels, clusters).items()}
+        for split, found in scored.items() for method, cluster in methods.items()
+        for seed, clusters in zip(study.seeds, cluster(found.features), strict=True)])
+
+
+def _file_name(fit: FeatureSet) -> str:
+    return re.sub(r"[^\w.-]+", "-", f"{fit.dataset}_{fit.backbone}")
+
+
+def _write_record(path: Path, run: HeadRuns, table: pd.DataFrame, made_with: dict) -> None:
+    """The JSON of one setting; versions, machine and device are those of the training."""
+    record = {
+        "settings": run.settings, "made_with": made_with, "seconds": round(run.seconds, 2),
+        "final_loss": run.curves["loss"][-1].tolist(),
+        "final_n_nonempty": run.curves["n_nonempty"][-1].tolist(),
+        "metrics": table.round(4).to_dict("records"),
+    }
+    _write_whole(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
+
+
+def _write_whole(path: Path, write) -> None:
+    """Write a file beside its place and move it there when it is whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            write(file)
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(f"{path.parent} cannot be written ({error.strerror}); make it writable or "
+                      f"point TSP_CACHE to another folder.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation (n - 1) over the seeds, percent; one row a setting."""
+    keys = ["dataset", "backbone", "protocol", "scored", "method"]
+    grouped = table.groupby(keys, sort=False)[["acc", "nmi", "ari"]]
+    return (grouped.agg(["mean", "std"]).set_axis(
+        [f"{m}_{s}" for m in ("acc", "nmi", "ari") for s in ("mean", "std")], axis=1)
+        .assign(n=grouped.size()).reset_index())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers depend on."""
+    from importlib.metadata import version
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("torch", "timm", "faiss-cpu", "scikit-learn", "numpy")}
+
+
+def source_hash(modules=None) -> str:
+    """Hash of library sources: of the named modules, or of all."""
+    paths = sorted(PACKAGE.glob("*.py")) if modules is None else [
+        PACKAGE / f"{name}.py" for name in modules]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+
+
+def _device() -> str:
+    import torch
+    return "cuda" if torch.cuda.is_available() else "cpu"

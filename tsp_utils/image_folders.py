@@ -1,0 +1,127 @@
+"""Folders of images: listed, decoded, and labelled by the class folders they lie in."""
+
+import io
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
+)  # fmt: skip
+LARGEST_ARRAY_PX = 64  # images up to this size are held in memory, larger ones decoded on access
+DECODE_CHUNK = 250  # files a task of the thread pool
+PROGRESS_FROM = 2000  # files; fewer are decoded before a progress bar could be read
+
+
+class ImageFiles(Sequence):
+    """Images [H,W,3] uint8 of any size, decoded from their files on each access.
+
+    An integer gives one image, a slice another ImageFiles. Raises OSError naming a bad file.
+    """
+
+    def __init__(self, folder: Path, paths: Sequence[str]):
+        self.folder, self.paths = Path(folder), tuple(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return ImageFiles(self.folder, self.paths[index])
+        pixels = _decode(self.folder / self.paths[index])
+        return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+
+
+def find_images(folder: Path) -> list[str]:
+    """Paths of all images under `folder`, relative, sorted, with forward slashes.
+
+    Hidden files and folders are passed over. Raises OSError for a folder that cannot be listed.
+    """
+
+    def refuse(error: OSError):
+        raise OSError(f"Cannot list {error.filename}: {error.strerror}; check its permissions.")
+
+    paths = []
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        prefix = Path(parent).relative_to(folder).as_posix() + "/"
+        prefix = "" if prefix == "./" else prefix
+        images = (n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and n[0] != ".")
+        paths += [prefix + n for n in images]
+    return sorted(paths)
+
+
+def read_images(folder: Path, paths: list[str]) -> np.ndarray | ImageFiles:
+    """uint8 [N,H,W,C] (C = 1 if all are grey) if of one size up to LARGEST_ARRAY_PX, else files.
+
+    Raises OSError naming a bad file.
+    """
+    size = _decode(folder / paths[0]).shape[:2]
+    if max(size) > LARGEST_ARRAY_PX:
+        return ImageFiles(folder, paths)
+    images = np.empty((len(paths), *size, 3), dtype=np.uint8)
+    prefix = str(folder) + os.sep
+
+    def fill(start: int) -> tuple[bool, bool]:
+        all_grey = True
+        for i in range(start, min(start + DECODE_CHUNK, len(paths))):
+            pixels = _decode(prefix + paths[i])
+            if pixels.shape[:2] != size:
+                return False, False
+            images[i] = pixels
+            all_grey &= pixels.shape[2] == 1
+        return True, all_grey
+
+    starts = range(0, len(paths), DECODE_CHUNK)
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        grey = []
+        quiet = len(paths) <= PROGRESS_FROM
+        what = {"desc": f"decoding {folder.name}", "unit": "image"}
+        with tqdm(total=len(paths), leave=False, disable=quiet, **what) as bar:
+            for one_size, all_grey in pool.map(fill, starts):
+                if not one_size:
+                    return ImageFiles(folder, paths)
+                grey.append(all_grey)
+                bar.update(min(DECODE_CHUNK, len(paths) - bar.n))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return images[..., :1].copy() if all(grey) else images
+
+
+def _decode(path: Path | str) -> np.ndarray:
+    """One image, upright: uint8 [H,W,1] if grey, else [H,W,3]."""
+    try:
+        with open(path, "rb") as file:
+            image = Image.open(io.BytesIO(file.read()))
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] == "I":  # 16-bit grey, which Pillow would clip at 255
+            return (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)[:, :, None]
+        if image.mode in ("L", "LA", "La", "1", "F"):
+            return np.asarray(image.convert("L"))[:, :, None]
+        return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise OSError(f"{path} is not an image that can be read: replace or delete it.") from None
+    except Exception as error:  # Pillow's decoders raise many kinds, each without the file's name
+        raise OSError(f"{path} cannot be read ({error}): replace or delete it.") from error
+
+
+def labels_from_folders(paths, official) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Labels int64 [N] and classes by first folder, as in `official` where all names are official.
+
+    None and () where an image lies beside the folders, or one folder is all there is.
+    """
+    found = sorted({path.split("/")[0] for path in paths})
+    if any("/" not in path for path in paths) or (len(found) < 2 and not official):
+        return None, ()
+    number = {c.replace("/", "_"): i for i, c in enumerate(official)}  # no "/" in a folder's name
+    if set(found) <= set(number):
+        classes = tuple(official)
+    else:
+        number, classes = {c: i for i, c in enumerate(found)}, tuple(found)
+    return np.array([number[path.split("/")[0]] for path in paths], dtype=np.int64), classes

@@ -1,0 +1,162 @@
+"""Weights: found or downloaded, read in DINO's official formats, and loaded strictly."""
+
+import argparse
+import hashlib
+import os
+import pickle
+import re
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tsp_utils.paths import bundled_dir, data_dir
+
+if TYPE_CHECKING:
+    from tsp_utils.backbones import BackboneSpec
+
+INIT_SEED = 0  # of every freshly made network, so that the untrained one is the same everywhere
+
+
+def load_model(spec: "BackboneSpec", checkpoint=None) -> nn.Module:
+    """The network of one row of the table, with its own weights or those of a file.
+
+    Raises ValueError for weights that do not fit, FileNotFoundError for a missing file,
+    ConnectionError for a failed download.
+    """
+    if spec.architecture == "pixels":
+        if checkpoint is not None:
+            raise ValueError("pixels has no weights: leave checkpoint out")
+        return nn.Identity()
+    path = Path(checkpoint) if checkpoint is not None else _find_weights(spec)
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"the weights {path} of {spec.name} are not there: pass "
+                                "checkpoint= with the path of a file")
+    if spec.architecture == "patch_kmeans":
+        from tsp_utils.patch_kmeans import PatchKMeans
+        try:
+            return PatchKMeans.load(path)
+        except Exception as error:
+            raise ValueError(f"{path} is not a dictionary of patches ({_brief(error)}): learn it "
+                             "again with python -m tsp_utils learn-patches") from error
+    if path is not None:
+        return _load_strictly(_create(spec), path, spec)
+    return _create(spec, pretrained=spec.source == "timm")
+
+
+def _create(spec: "BackboneSpec", pretrained: bool = False) -> nn.Module:
+    """Build the network from a fixed seed, leaving the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(INIT_SEED)  # torch.manual_seed would touch CUDA's too
+        try:
+            return timm.create_model(spec.architecture, pretrained=pretrained, num_classes=0,
+                                     **spec.options)
+        except Exception as error:
+            if not pretrained:
+                raise
+            raise _download_error(spec, error) from error
+
+
+def _find_weights(spec: "BackboneSpec") -> Path | None:
+    """The file to load; None where there is none to load or timm downloads it itself."""
+    if spec.source in ("none", "random"):
+        return None
+    if spec.source == "bundled":
+        return bundled_dir() / spec.file
+    path = data_dir() / "weights" / spec.file
+    if path.is_file():
+        return path
+    if spec.source == "absent":
+        raise ValueError(f"timm has no pretrained weights for {spec.name}: pass checkpoint=, or "
+                         f"put {spec.file} into {path.parent}")
+    if spec.source == "url":
+        _download(spec, path)
+        return path
+    return None
+
+
+def _download(spec: "BackboneSpec", path: Path) -> None:
+    partial = path.with_name(f"{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(spec.url, str(partial))
+        _read_state(partial)  # a connection that broke off leaves a torn file and no error
+        os.replace(partial, path)
+    except Exception as error:
+        raise _download_error(spec, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _download_error(spec: "BackboneSpec", error: Exception) -> ConnectionError:
+    return ConnectionError(
+        f"the weights of {spec.name} could not be downloaded ({_brief(error)}): fetch {spec.url} "
+        f"where there is a network and put it at {data_dir() / 'weights' / spec.file}")
+
+
+def _load_strictly(model: nn.Module, path: Path, spec: "BackboneSpec") -> nn.Module:
+    """Load a file whose keys and shapes are exactly the model's, heads dropped by name."""
+    due, state = model.state_dict(), _read_state(path)
+    classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    heads = ("head", *((classifier,) if isinstance(classifier, str) else classifier))
+    state = {key: value for key, value in state.items()
+             if key in due or not key.startswith(tuple(f"{head}." for head in heads))}
+    wrong = {
+        "missing": [key for key in due if key not in state],
+        "unexpected": [key for key in state if key not in due],
+        "misshapen": [f"{key} {list(state[key].shape)} for {list(due[key].shape)}"
+                      for key in due if key in state and state[key].shape != due[key].shape],
+    }
+    if any(wrong.values()):
+        parts = [f"{what} {', '.join(keys[:3])}"
+                 + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+                 for what, keys in wrong.items() if keys]
+        raise ValueError(f"{path} does not fit {spec.name} ({spec.architecture}): "
+                         f"{'; '.join(parts)}; pass a checkpoint of this architecture")
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    """State dict of a file in one of DINO's official formats, its prefixes taken off."""
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            # full DINO checkpoints pickle their command line; nothing else is let through
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused and isinstance(error, pickle.UnpicklingError):
+            raise ValueError(f"{path} pickles a {refused[1]}, which is not loaded: save its state "
+                             "dict alone") from error
+        raise ValueError(f"{path} is truncated or not a weights file ({_brief(error)}): fetch it "
+                         "again") from error
+    if isinstance(state, dict) and "teacher" in state:
+        state = state["teacher"]
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(key, str) and torch.is_tensor(value) for key, value in state.items()):
+        raise ValueError(f"{path} holds no state dict: pass a bare state dict, a DINO checkpoint "
+                         "with its teacher, or .safetensors")
+    return {key.removeprefix("module.").removeprefix("backbone."): value
+            for key, value in state.items()}
+
+
+def state_sha256(model: nn.Module) -> str | None:
+    """Hex SHA-256 of a network's weights as they are now; None where it has none."""
+    digest, state = hashlib.sha256(), model.state_dict()
+    for key, value in state.items():
+        digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest() if state else None
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = textwrap.shorten(lines[0], 300, placeholder="...") if lines else "no message"
+    return f"{type(error).__name__}: {text}"
