@@ -9,7 +9,7 @@ VENV_STAMP := .venv/.complete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lint notebooks refresh figures bench clean
+.PHONY: help setup reproduce test notebooks refresh figures bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,11 +20,11 @@ help:  ## list the targets
 setup: $(VENV_STAMP)  ## create .venv from requirements.lock (once; skipped when it is there)
 
 reproduce: $(VENV_STAMP)  ## run every notebook: PROFILE=offline|small|paper, SET="key=value ...", FORCE=1
-	@$(PYTHON) -m tsp_utils reproduce --profile $(PROFILE) $(if $(SET),--set $(SET)) $(if $(FORCE),--force)
+	@$(PYTHON) -m tsp_utils reproduce --profile "$(PROFILE)" $(if $(SET),--set $(SET)) $(if $(FORCE),--force)
 
 test: $(VENV_STAMP)  ## lint, unit tests, and nbval over the committed notebooks
 	@$(PYTHON) -m ruff check .
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest tests notebooks --nbval-lax --nbval-cell-timeout=1800
 
 notebooks: $(VENV_STAMP)  ## open the notebooks in JupyterLab
 	@$(PYTHON) -m jupyterlab notebooks

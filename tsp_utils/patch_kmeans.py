@@ -65,13 +65,14 @@ class PatchKMeans(nn.Module):
 
         images float32 [B, 3, 32, 32] in [0, 1]; returns [B, 4A].
         """
-        z = (_contrast_normalised(images) - self.mean) @ self.whitener  # [B, 729, 108]
-        z = torch.cat([z, z.square().sum(-1, keepdim=True), torch.ones_like(z[..., :1])], -1)
-        pooled = z.new_empty(len(z), 4, len(self.atoms))
-        for i, patches in enumerate(z):  # one image at a time: 729 x A distances stay in the cache
-            d = (patches @ self.distance).clamp_(min=0).sqrt_()  # [729, A]
-            torch.mm(self.quadrants, torch.sub(d.mean(1, keepdim=True), d, out=d).relu_(),
-                     out=pooled[i])
+        pooled = images.new_empty(len(images), 4, len(self.atoms))
+        for few, out in zip(images.split(8), pooled.split(8), strict=True):  # few, for the cache
+            z = (_contrast_normalised(few) - self.mean) @ self.whitener  # [8, 729, 108]
+            z = torch.cat([z, z.square().sum(-1, keepdim=True), torch.ones_like(z[..., :1])], -1)
+            for i, patches in enumerate(z):  # and one by one: 729 x A distances are 4.5 MB
+                d = (patches @ self.distance).clamp_(min=0).sqrt_()  # [729, A]
+                torch.mm(self.quadrants, torch.sub(d.mean(1, keepdim=True), d, out=d).relu_(),
+                         out=out[i])
         return pooled.flatten(1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

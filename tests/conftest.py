@@ -1,0 +1,14 @@
+"""What every test and every nbval kernel needs, whatever the working directory."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Kernels start in notebooks/: relative folders would mean another place, and the package may not be
+# installed (PYTHON=python).
+for name in ("TSP_DATA", "TSP_CACHE"):
+    if os.environ.get(name):
+        os.environ[name] = os.path.abspath(os.environ[name])
+paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))

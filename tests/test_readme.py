@@ -1,0 +1,40 @@
+"""The README says what the figures say, and names commands that exist."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("profile", ["offline", "small"])
+def test_results_are_those_of_the_committed_tables(profile):
+    table = pd.read_csv(ROOT / "figures" / profile / "03_table1.csv").query("scored == 'test'")
+    for (dataset, backbone), rows in table.groupby(["dataset", "backbone"], sort=False):
+        by_method = rows.set_index("method")
+        cells = [f"{r.acc_mean:.1f} ± {r.acc_std:.1f} | {r.nmi_mean:.1f} | {r.ari_mean:.1f}"
+                 for r in (by_method.loc["k-means"], by_method.loc["head"])]
+        line = f"| `{profile}` | {dataset} | `{backbone}` | {' | '.join(cells)} |"
+        assert line in README, f"the README lacks: {line}"
+    assert (table["n"] == 10).all()
+
+
+def test_the_paper_s_first_row_beside_k_means_on_pixels():
+    table = pd.read_csv(ROOT / "figures" / "small" / "03_kmeans_pixels.csv")
+    for r in table.query("scored == 'train'").itertuples():
+        figures = f"{r.acc_mean:.1f} ± {r.acc_std:.1f} / {r.nmi_mean:.1f} / {r.ari_mean:.1f}"
+        assert figures in README, f"the README lacks {figures} ({r.pixels} pixels)"
+        assert abs(r.acc_mean - 22.9) < 2.5 and abs(r.nmi_mean - 8.7) < 2.5
+
+
+def test_every_target_and_file_it_names_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"make ([a-z]+)\b", README)) - {"sure"}
+    assert {"reproduce", "test", "help", "bench", "notebooks"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), f"make {target} is no target"
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), f"{path} is linked and not there"

@@ -1,0 +1,360 @@
+"""DINO from scratch: multi-crop, student and momentum teacher, centring (Sec. 3.1, Eqs 1 to 3).
+
+Caron et al., "Emerging Properties in Self-Supervised Vision Transformers" (2021). Images in, a
+backbone out; labels never enter. All images lie as one uint8 tensor on the device.
+"""
+
+import copy
+import logging
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import weight_norm
+
+from tsp_utils.multi_crop import multi_crop
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DinoRecipe:
+    """Everything that shapes a pretraining run; schedules run over the share of the budget used."""
+
+    architecture: str = "vit_tiny_patch16_224"  # any timm network
+    options: tuple = (("patch_size", 4), ("img_size", 32), ("dynamic_img_size", True))
+    local_options: tuple = ()  # of the student alone, for example ("drop_path_rate", 0.1)
+    global_size: int = 32  # px of the two global crops
+    local_size: int = 16  # px of the local crops; a multiple of the patch
+    n_local: int = 6  # local crops an image
+    global_scale: tuple = (0.3, 1.0)  # share of the image's area
+    local_scale: tuple = (0.05, 0.3)
+    batch_size: int = 1024  # images a step, over all processes
+    learning_rate: float = 5e-4  # a batch of 256, scaled linearly, after the warm-up
+    final_learning_rate: float = 1e-6  # cosine
+    warmup: float = 0.05  # share of the budget in which the rate rises
+    weight_decay: tuple = (0.04, 0.4)  # cosine; none on biases and norms
+    momentum: tuple = (0.996, 1.0)  # Eq. 2's lambda, cosine
+    teacher_temperature: tuple = (0.04, 0.07)  # linear over the first `temperature_warmup`
+    temperature_warmup: float = 0.2
+    student_temperature: float = 0.1
+    center_momentum: float = 0.9  # Eq. 3's m
+    n_outputs: int = 8192  # of the projection head
+    hidden: int = 1024  # of its two hidden layers
+    bottleneck: int = 256
+    max_gradient_norm: float = 3.0
+    mean: tuple = (0.485, 0.456, 0.406)
+    std: tuple = (0.229, 0.224, 0.225)
+
+
+class ProjectionHead(nn.Module):
+    """h of Sec. 3.1: three layers to a unit vector, then prototypes of unit length, [B,D] -> [B,O].
+
+    The last layer is normalised by a parametrisation whose lengths stay 1.
+    """
+
+    def __init__(self, dim: int, recipe: DinoRecipe):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, recipe.hidden), nn.GELU(),
+                                 nn.Linear(recipe.hidden, recipe.hidden), nn.GELU(),
+                                 nn.Linear(recipe.hidden, recipe.bottleneck))
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.last = weight_norm(nn.Linear(recipe.bottleneck, recipe.n_outputs, bias=False))
+        lengths = self.last.parametrizations.weight.original0
+        lengths.data.fill_(1)
+        lengths.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(F.normalize(self.mlp(x), dim=-1))
+
+
+class Network(nn.Module):
+    """g = h o f: backbone and projection head over crops of any sizes."""
+
+    def __init__(self, backbone: nn.Module, recipe: DinoRecipe):
+        super().__init__()
+        self.backbone = backbone
+        self.head = ProjectionHead(backbone.num_features, recipe)
+
+    def forward(self, *groups: torch.Tensor) -> torch.Tensor:
+        """groups: crops [n, 3, S, S], one tensor a size -> logits [sum of n, O], in their order."""
+        return self.head(torch.cat([self.backbone(group) for group in groups]))
+
+
+def dino_loss(student: torch.Tensor, teacher: torch.Tensor, center: torch.Tensor,
+              student_temperature: float, teacher_temperature: float) -> torch.Tensor:
+    """Eq. 1: cross-entropy of every student view with each OTHER global view of the teacher.
+
+    student [V, B, O] and teacher [2, B, O]: logits, the first two views global, in the same order;
+    center [O] is subtracted from the teacher's (the paper's text adds it, DINO's code subtracts).
+    Mean over the pairs of views and the batch (Eq. 1 sums, DINO's code averages).
+    """
+    targets = ((teacher.to(center.dtype) - center) / teacher_temperature).softmax(-1)  # [2, B, O]
+    log_p = (student.to(center.dtype) / student_temperature).log_softmax(-1)  # [V, B, O]
+    crossed = -torch.einsum("tbo,vbo->tv", targets, log_p) / student.shape[1]  # [2, V]
+    others = ~torch.eye(*crossed.shape, dtype=torch.bool, device=crossed.device)
+    return crossed[others].mean()
+
+
+@torch.no_grad()
+def update_center(center: torch.Tensor, teacher: torch.Tensor, momentum: float) -> None:
+    """Eq. 3, in place: c <- m c + (1 - m) mean of the teacher's logits [2, B, O], all processes."""
+    mean = teacher.to(center.dtype).mean((0, 1))
+    if dist.is_initialized():
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    center.mul_(momentum).add_(mean, alpha=1 - momentum)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Eq. 2, in place: theta_t <- lambda theta_t + (1 - lambda) theta_s."""
+    ours, theirs = list(teacher.parameters()), list(student.parameters())
+    torch._foreach_mul_(ours, momentum)
+    torch._foreach_add_(ours, theirs, alpha=1 - momentum)
+
+
+def cosine(progress: float, start: float, end: float) -> float:
+    """From start at 0 to end at 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+
+
+def schedule(recipe: DinoRecipe, progress: float) -> dict[str, float]:
+    """Learning rate, weight decay, momentum and teacher temperature at a share of the budget."""
+    peak = recipe.learning_rate * recipe.batch_size / 256
+    warm = progress / recipe.warmup if recipe.warmup else 1.0
+    after = (progress - recipe.warmup) / (1 - recipe.warmup)
+    low, high = recipe.teacher_temperature
+    return {
+        "learning_rate": peak * warm if warm < 1 else cosine(
+            after, peak, recipe.final_learning_rate),
+        "weight_decay": cosine(progress, *recipe.weight_decay),
+        "momentum": cosine(progress, *recipe.momentum),
+        "teacher_temperature": low + (high - low) * min(progress / recipe.temperature_warmup, 1),
+    }
+
+
+class Dino:
+    """One pretraining run: student, teacher, centre, optimiser; a step at a time, resumable."""
+
+    def __init__(self, images, recipe: DinoRecipe, seed: int = 0, device: str = "cpu",
+                 dtype: torch.dtype = torch.float32, compiled: bool = False):
+        """images uint8 [N, H, W, 3]; dtype bfloat16 means autocast. See `pretrain_dino`."""
+        self.recipe = recipe = _checked(recipe, images)
+        self.device, self.dtype, self.seed = torch.device(device), dtype, seed
+        self.images = torch.as_tensor(images, device=device).permute(0, 3, 1, 2).contiguous()
+        torch.manual_seed(seed)
+        backbone = timm.create_model(recipe.architecture, num_classes=0,
+                                     **dict(recipe.options), **dict(recipe.local_options))
+        self.student = Network(backbone, recipe)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        for module in self.teacher.modules():  # the teacher drops nothing
+            if hasattr(module, "drop_prob"):
+                module.drop_prob = 0.0
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.student.to(device, wide)
+        self.teacher.to(device, wide)
+        self.center = torch.zeros(recipe.n_outputs, device=device, dtype=wide)
+        decayed = [p for p in self.student.parameters() if p.requires_grad and p.ndim > 1]
+        others = [p for p in self.student.parameters() if p.requires_grad and p.ndim <= 1]
+        self.adam = torch.optim.AdamW([dict(params=decayed), dict(params=others, weight_decay=0.0)])
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self.generator = torch.Generator(device).manual_seed(seed + 7919 * rank)  # of the crops
+        self.step_count, self.seconds, self.log = 0, 0.0, []
+        self.run_student, self.run_teacher = self.student, self.teacher
+        if dist.is_initialized():
+            self.run_student = DistributedDataParallel(self.student)
+        if compiled and _can_compile(device):
+            self.run_student = torch.compile(self.run_student)
+            self.run_teacher = torch.compile(self.run_teacher)
+
+    @property
+    def images_seen(self) -> int:
+        return self.step_count * self.recipe.batch_size
+
+    def batch(self) -> torch.Tensor:
+        """The next batch uint8 [B, 3, H, W]: epoch e is a permutation drawn from seed and e."""
+        size, n = self.recipe.batch_size, len(self.images)
+        epoch, place = divmod(self.step_count, n // size)
+        order = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+        rows = torch.randperm(n, generator=order)[place * size:(place + 1) * size]
+        if dist.is_initialized():  # each process its share
+            rows = rows.tensor_split(dist.get_world_size())[dist.get_rank()]
+        return self.images[rows.to(self.device)]
+
+    def step(self, progress: float, groups: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """One update at a share of the budget; `groups` are this process's crops, else drawn."""
+        now = schedule(self.recipe, progress)
+        if groups is None:
+            groups = multi_crop(self.batch(), self.recipe, self.generator)
+        half = dict(device_type=self.device.type, dtype=torch.bfloat16,
+                    enabled=self.dtype == torch.bfloat16)
+        with torch.autocast(**half):
+            with torch.no_grad():
+                teacher = self.run_teacher(groups[0])
+            student = self.run_student(*groups)
+        n = len(groups[0]) // 2
+        teacher, student = teacher.view(2, n, -1), student.view(-1, n, student.shape[-1])
+        loss = dino_loss(student, teacher, self.center, self.recipe.student_temperature,
+                         now["teacher_temperature"])
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.images_seen < len(self.images):  # the prototypes rest during the first epoch
+            self.student.head.last.parametrizations.weight.original1.grad = None
+        nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.max_gradient_norm)
+        for group, decay in zip(self.adam.param_groups, (now["weight_decay"], 0.0), strict=True):
+            group.update(lr=now["learning_rate"], weight_decay=decay)
+        self.adam.step()
+        update_teacher(self.teacher, self.student, now["momentum"])
+        update_center(self.center, teacher, self.recipe.center_momentum)
+        self.step_count += 1
+        self.last_teacher = teacher
+        return loss.detach()
+
+    @torch.no_grad()
+    def health(self) -> dict[str, float]:
+        """Figures of a collapse: entropy of the teacher's mean output (nats), feature spread.
+
+        The spread is the mean standard deviation of unit-length features; 1 / sqrt(D) is the most.
+        """
+        p = ((self.last_teacher.float() - self.center.float())
+             / self.recipe.teacher_temperature[1]).softmax(-1).mean((0, 1))
+        x = multi_crop(self.batch()[:256], replace(self.recipe, n_local=0),
+                       torch.Generator(self.device).manual_seed(0))[0]
+        features = F.normalize(self.teacher.backbone(x.to(self.center.dtype)).float(), dim=-1)
+        return {"teacher_entropy": float(-(p * p.clamp(min=1e-12).log()).sum()),
+                "feature_spread": float(features.std(0).mean())}
+
+    def save(self, path: Path) -> None:
+        """Write the whole state, then move it into place: the last good one always survives."""
+        state = {"settings": self._settings(), "student": self.student.state_dict(),
+                 "teacher": self.teacher.state_dict(), "center": self.center,
+                 "adam": self.adam.state_dict(), "generator": self.generator.get_state(),
+                 "rng": torch.get_rng_state(), "step_count": self.step_count,
+                 "seconds": self.seconds, "log": self.log}
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        partial = Path(f"{path}.partial")
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, partial)
+            os.replace(partial, path)
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(f"The checkpoint {path} could not be written ({error}); make room there, "
+                          f"the one before it was kept.") from error
+
+    def load(self, path: Path) -> None:
+        """Continue from `save`'s file. Raises ValueError for one made with other settings."""
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            theirs, ours = state["settings"], self._settings()
+        except Exception as error:
+            raise ValueError(f"{path} is not a checkpoint of this trainer ({error}); delete it or "
+                             f"name another file.") from error
+        for key, value in ours.items():
+            if theirs.get(key) != value:
+                raise ValueError(f"{path} was made with {key} = {theirs.get(key)!r} and this run "
+                                 f"has {value!r}; name another file or use the same settings.")
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.adam.load_state_dict(state["adam"])
+        self.center.copy_(state["center"])
+        self.generator.set_state(state["generator"].cpu())
+        torch.set_rng_state(state["rng"].cpu())
+        if "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+        self.step_count, self.seconds, self.log = (
+            state["step_count"], state["seconds"], state["log"])
+
+    def _settings(self) -> dict:
+        plain = {key: str(value) for key, value in asdict(self.recipe).items()}
+        return plain | {"seed": str(self.seed), "n_images": str(len(self.images))}
+
+
+def pretrain_dino(images, recipe: DinoRecipe | None = None, *, budget_images: int | None = None,
+                  budget_minutes: float | None = None, seed: int = 0, device: str = "cpu",
+                  dtype: torch.dtype = torch.float32, compiled: bool = False, checkpoint=None,
+                  save_every_s: float = 60, n_reports: int = 20, callback=None) -> Dino:
+    """Train a backbone by DINO within a budget; returns the run (`.teacher.backbone`, `.log`).
+
+    images uint8 [N, H, W, 3], without labels. The budget is images seen, or minutes; schedules run
+    over it. `checkpoint` names a file that is resumed from if it is there and saved to every
+    save_every_s seconds. `callback(run, entry)` is called n_reports times, for read-outs. A
+    collapse (teacher's mean output or features without spread) is a logged warning.
+    Raises ValueError for a budget of 0, too few or too small images.
+    """
+    recipe = recipe or DinoRecipe()
+    if not (budget_images or budget_minutes) or min(budget_images or 1, budget_minutes or 1) <= 0:
+        raise ValueError("The budget is empty; pass budget_images or budget_minutes above 0.")
+    run = Dino(images, recipe, seed, device, dtype, compiled)
+    if checkpoint is not None and Path(checkpoint).exists():
+        run.load(checkpoint)
+    saved = start = time.perf_counter()
+    earlier = run.seconds
+
+    def progress() -> float:
+        run.seconds = earlier + time.perf_counter() - start
+        return max(run.images_seen / budget_images if budget_images else 0,
+                   run.seconds / 60 / budget_minutes if budget_minutes else 0)
+
+    while (share := progress()) < 1:
+        loss = run.step(share)
+        if progress() * n_reports >= len(run.log) + 1 or progress() >= 1:
+            entry = {"images_seen": run.images_seen, "seconds": round(run.seconds, 1),
+                     "loss": float(loss), **run.health(), **schedule(recipe, share)}
+            _warn_of_collapse(entry, recipe)
+            run.log.append(entry)
+            if callback is not None:
+                callback(run, entry)
+        if checkpoint is not None and time.perf_counter() - saved > save_every_s:
+            run.save(checkpoint)
+            saved = time.perf_counter()
+    if checkpoint is not None:
+        run.save(checkpoint)
+    return run
+
+
+def _warn_of_collapse(entry: dict, recipe: DinoRecipe) -> None:
+    few = entry["teacher_entropy"] < 0.2 * math.log(recipe.n_outputs)
+    flat = entry["feature_spread"] < 1e-3
+    if few or flat:
+        logger.warning(
+            "Collapse after %d images: entropy of the teacher's mean output %.2f of at most %.2f "
+            "nats, spread of the features %.4f; look at temperatures, centring and crop scales.",
+            entry["images_seen"], entry["teacher_entropy"], math.log(recipe.n_outputs),
+            entry["feature_spread"])
+
+
+def _checked(recipe: DinoRecipe, images) -> DinoRecipe:
+    if getattr(images, "ndim", 0) != 4 or images.shape[3] != 3:
+        raise ValueError("DINO takes images uint8 [N, H, W, 3] of one size; resize them first.")
+    if len(images) < 2:
+        raise ValueError(f"{len(images)} image is too few to learn from; pass at least 2, and "
+                         f"thousands for features of use.")
+    patch = dict(recipe.options).get("patch_size", 1)
+    if min(images.shape[1:3]) < patch or recipe.local_size % patch or recipe.global_size % patch:
+        raise ValueError(f"Images of {images.shape[1]} x {images.shape[2]} px and crops of "
+                         f"{recipe.global_size} and {recipe.local_size} px do not fit patches of "
+                         f"{patch} px; pass larger images, or crops that are multiples of it.")
+    return replace(recipe, batch_size=min(recipe.batch_size, len(images)))
+
+
+def _can_compile(device) -> bool:
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        return True
+    except Exception as error:
+        logger.warning("torch.compile does not work here (%s); the run goes on without it.",
+                       str(error).strip().split("\n")[0])
+        return False
