@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from tsp_utils import knn_accuracy, load_dataset
 from tsp_utils.multi_crop import multi_crop, random_colors, random_crops
 from tsp_utils.pretrain import (
     Dino,
@@ -203,25 +202,6 @@ def test_any_timm_network_trains(architecture):
         TINY, architecture="resnet10t", options=())
     run = pretrain_dino(IMAGES, recipe, budget_images=64, n_reports=1)
     assert run.step_count == 4 and math.isfinite(run.log[-1]["loss"])
-
-
-def test_a_short_run_learns_something():
-    """2,000 real images, half a minute: kNN rises above the untrained network's, the loss falls."""
-    data = load_dataset("fashion-mnist", "test").subset(slice(0, 2000))
-    images = np.repeat(np.pad(data.images, ((0, 0), (2, 2), (2, 2), (0, 0))), 3, axis=3)
-    recipe = replace(TINY, batch_size=64, n_outputs=256, options=(
-        ("patch_size", 8), ("img_size", 32), ("dynamic_img_size", True), ("embed_dim", 64),
-        ("depth", 2), ("num_heads", 2)), learning_rate=2e-3)
-
-    def knn(run):
-        x = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - 0.45) / 0.226
-        with torch.inference_mode():
-            return knn_accuracy(run.teacher.eval().backbone(x).numpy(), data.labels)
-
-    before = knn(Dino(images, recipe, seed=0))
-    run = pretrain_dino(images, recipe, budget_images=16_000, n_reports=10)
-    assert run.log[-1]["loss"] < run.log[0]["loss"] - 0.2
-    assert knn(run) > before + 0.02
 
 
 def test_bad_input(tmp_path, monkeypatch):
