@@ -103,6 +103,18 @@ def test_second_time_skips_and_force_runs_again(folder, executed):
     assert len(executed) == 4
 
 
+def test_figures_that_a_notebook_no_longer_draws_are_removed(folder, executed):
+    figures = run_dir(folder) / "figures"
+    figures.mkdir(parents=True)
+    for name in ("00_a_old.png", "01_b_old.png"):
+        (figures / name).touch()
+        os.utime(figures / name, (0, 0))
+    (figures / "00_a_new.png").touch()
+    write_notebook(folder, "00_a", "1 + 1")
+    what_happened(folder=folder)
+    assert {path.name for path in figures.iterdir()} == {"00_a_new.png", "01_b_old.png"}
+
+
 def test_a_changed_notebook_alone_runs_again(folder, executed):
     for name in ("00_a", "01_b", "02_c"):
         write_notebook(folder, name, "1 + 1")
@@ -238,7 +250,13 @@ def test_publishing_copies_a_finished_run_and_says_what_is_missing(folder, execu
     figures.mkdir()
     for name in ("00_a_curve.png", "00_a_curve.csv", "01_b_sheet_local.png"):
         (figures / name).write_text(name)
+    target = tmp_path / "figures" / "tiny"
+    target.mkdir(parents=True)
+    (target / "00_a_of_an_earlier_run.png").touch()
+    (target / "notes.md").touch()
     copied = publish_figures("tiny")
+    assert {path.name for path in target.iterdir()} == {
+        "00_a_curve.png", "00_a_curve.csv", "notes.md"}
     assert [path.name for path in copied] == ["00_a_curve.csv", "00_a_curve.png"]
     assert (tmp_path / "figures" / "tiny" / "00_a_curve.csv").read_text() == "00_a_curve.csv"
     assert not (tmp_path / "figures" / "tiny" / "01_b_sheet_local.png").exists()

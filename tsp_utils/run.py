@@ -41,7 +41,7 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS):
         if not force and _hash_of(executed) == wanted:
             yield path.stem, "unchanged, skipped", 0.0
             continue
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.time()
         partial = study.run_dir / f".{path.stem}.partial.ipynb"
         try:
             papermill.execute_notebook(
@@ -62,6 +62,9 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS):
         finally:
             partial.unlink(missing_ok=True)
         executed.with_suffix(".failed.ipynb").unlink(missing_ok=True)
+        for old in (study.run_dir / "figures").glob(f"{path.stem[:2]}_*"):
+            if old.stat().st_mtime < began - 2:  # of an earlier run that drew something else
+                old.unlink()
         yield path.stem, "ran", time.perf_counter() - start
 
 
@@ -197,6 +200,8 @@ def publish_figures(profile: str) -> list[Path]:
                                 f"PROFILE={profile} first.")
     target = REPOSITORY / "figures" / study.profile
     target.mkdir(parents=True, exist_ok=True)
+    for old in (*target.glob("*.png"), *target.glob("*.csv")):  # what an earlier run drew
+        old.unlink()
     # Sheets of images that are not ours to republish stay in runs/.
     chosen = [path for path in sorted(source.iterdir())
               if not path.stem.endswith("_local")]
