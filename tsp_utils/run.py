@@ -13,7 +13,7 @@ from tsp_utils.paths import REPOSITORY, bundled_dir, cache_dir, data_dir
 from tsp_utils.study import Study, load_study
 
 NOTEBOOKS = REPOSITORY / "notebooks"
-QUIET = ["--IPKernelApp.log_level=ERROR"]  # else every kernel warns that it talks over TCP
+QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # else each kernel warns of TCP, and of its own end
 
 
 def notebook_paths(folder: Path = NOTEBOOKS) -> list[Path]:

@@ -140,7 +140,7 @@ def load_study(profile: str = "offline") -> Study:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1, 0)[0]
             raise ValueError(f"The profile {name!r} has no setting {key!r}; the nearest one is "
-                             f"{near!r}.")
+                             f"{near!r}, all are {', '.join(known)}.")
         settings[key] = _checked(key, value, known[key].type)
     missing = [key for key in ("datasets", "backbones", "default_backbone", "protocol")
                if key not in settings]

@@ -135,7 +135,8 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         if refused and isinstance(error, pickle.UnpicklingError):
             raise ValueError(f"{path} pickles a {refused[1]}, which is not loaded: save its state "
                              "dict alone") from error
-        raise ValueError(f"{path} is truncated or not a weights file ({_brief(error)}): fetch it "
+        # torch's own message advises loading without the check, which is not for a stranger's file
+        raise ValueError(f"{path} is truncated or not a weights file: fetch or save it "
                          "again") from error
     if isinstance(state, dict) and "teacher" in state:
         state = state["teacher"]
