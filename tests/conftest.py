@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Kernels start in notebooks/: relative folders would mean another place, and the package may not be
@@ -12,3 +14,14 @@ for name in ("TSP_DATA", "TSP_CACHE"):
         os.environ[name] = os.path.abspath(os.environ[name])
 paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small networks on a busy machine wait for their threads more than they compute."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

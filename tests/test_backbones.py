@@ -21,13 +21,7 @@ IMAGENET = (torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
             torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small networks on a busy machine wait for their threads more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,7 @@ from tsp_utils.paths import bundled_dir
 SMALL = dict(n_atoms=24, n_features=16, n_patches=4000, n_pca_images=600)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small networks on a busy machine wait for their threads more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def structured_images(n: int, seed: int = 0) -> np.ndarray:

@@ -1,7 +1,9 @@
 """Making again what ships in bundled/: the dictionary of patches and the feature vectors."""
 
 import hashlib
+import inspect
 import json
+import os
 import time
 from pathlib import Path
 
@@ -25,15 +27,19 @@ def learn_patches(out: str | None = None, seed: int = 0) -> Path:
     path = Path(out) if out else bundled_dir() / "patch_kmeans.safetensors"
     source = load_dataset("tinyimagenet32", "train")
     start = time.perf_counter()
-    learn_patch_kmeans(source.images, seed=seed).save(path)
+    network = learn_patch_kmeans(source.images, seed=seed)
+    network.save(path)
+    defaults = inspect.signature(learn_patch_kmeans).parameters
     card = {
         "name": "patch_kmeans",
         "method": "Coates, Lee and Ng (2011): K-means over whitened 6x6 patches, no labels, no "
                   "gradients; triangle activation, four quadrants, PCA",
         "source": "tinyimagenet32, train split, 32 px JPEG (ImageNet's terms: research only)",
         "n_source_images": len(source), "source_sha256": source.fingerprint,
-        "atoms": 1536, "patches": 400_000, "dim": 256, "pca_images": 10_000, "seed": seed,
-        "minutes": round((time.perf_counter() - start) / 60, 1), "hardware": "2 CPU cores",
+        "atoms": len(network.atoms), "patches": defaults["n_patches"].default,
+        "dim": network.axes.shape[1], "pca_images": defaults["n_pca_images"].default, "seed": seed,
+        "minutes": round((time.perf_counter() - start) / 60, 1),
+        "hardware": f"{os.cpu_count()} CPU cores",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "versions": versions(),
         "knn": knn_readouts("patch_kmeans", path),
     }
