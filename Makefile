@@ -2,6 +2,7 @@
 # PYTHON3=python3.12 chooses the Python that .venv is made with.
 PYTHON3 ?= python3
 PROFILE ?= offline
+PRETRAIN_ARMS ?= vits16_cifar10
 VENV_STAMP :=
 ifndef PYTHON
 PYTHON := .venv/bin/python
@@ -9,7 +10,7 @@ VENV_STAMP := .venv/.complete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test notebooks refresh figures bench clean
+.PHONY: help setup reproduce pretrain-paper test notebooks refresh figures bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +35,9 @@ refresh: $(VENV_STAMP)  ## run the notebooks and write their outputs back into n
 
 figures: $(VENV_STAMP)  ## copy the figures and tables of a finished run into figures/
 	@$(PYTHON) -m tsp_utils figures --profile $(PROFILE)
+
+pretrain-paper: $(VENV_STAMP)  ## pretrain the 224-px arms that the paper's Figs 4b, 6 and 7a need (one GPU)
+	@for arm in $(PRETRAIN_ARMS); do $(PYTHON) -m tsp_utils pretrain $$arm || exit 1; done
 
 bench: $(VENV_STAMP)  ## measure speed and memory, print the README's benchmark table
 	@$(PYTHON) -m tsp_utils bench

@@ -14,7 +14,8 @@ from tsp_utils import environment
 from tsp_utils.__main__ import main, parser
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("setup", "reproduce", "figures", "refresh", "learn-patches", "bundle-vectors", "bench")
+COMMANDS = ("setup", "reproduce", "figures", "refresh", "learn-patches", "pretrain", "bundle",
+            "dictionary-arms", "bundle-vectors", "bench")
 
 
 def command(*arguments) -> subprocess.CompletedProcess:

@@ -67,7 +67,8 @@ def test_the_notebooks_are_there():
     if not PATHS:
         pytest.skip("notebooks/ holds no notebook yet")
     assert PATHS[0].stem == "00_overview"
-    assert [int(path.stem[:2]) for path in PATHS] == list(range(len(PATHS)))
+    numbers = [int(path.stem[:2]) for path in PATHS]
+    assert numbers == sorted(set(numbers)) and {0, 1, 2, 3, 7} <= set(numbers)
 
 
 @each
@@ -133,7 +134,7 @@ def test_readings_state_numbers():
     assert len(stating) >= 3
 
 
-@pytest.mark.parametrize("number", ["01", "02", "03"])
+@pytest.mark.parametrize("number", ["01", "02", "03", "07"])
 def test_exercises_and_their_solutions_at_the_end(number):
     paths = [path for path in PATHS if path.stem.startswith(number)]
     if not paths:

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from tsp_utils.datasets import load_dataset
 from tsp_utils.multi_crop import multi_crop, random_colors, random_crops
+from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.pretrain import (
     Dino,
     DinoRecipe,
@@ -113,8 +115,9 @@ def test_views_are_view_major():
     assert [tuple(g.shape) for g in groups] == [(10, 3, 32, 32), (10, 3, 16, 16)]
 
 
-def test_twenty_steps_equal_ten_and_a_stop_and_ten(tmp_path):
-    recipe = replace(TINY, local_options=(("drop_path_rate", 0.2),))
+@pytest.mark.parametrize("head_norm", [False, True])
+def test_twenty_steps_equal_ten_and_a_stop_and_ten(tmp_path, head_norm):
+    recipe = replace(TINY, local_options=(("drop_path_rate", 0.2),), head_norm=head_norm)
 
     def run(steps, resume=False):
         dino = Dino(IMAGES, recipe, seed=3)
@@ -169,6 +172,48 @@ def test_budget_in_images_and_callback_without_labels():
     assert not run.teacher.head.last.weight.requires_grad
     lengths = run.student.head.last.weight.norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones_like(lengths))
+
+
+def test_prototypes_rest_for_an_epoch_or_the_warm_up_whichever_is_shorter():
+    def moved(progress, steps):
+        run = Dino(IMAGES, replace(TINY, warmup=0.5, head_norm=True))
+        before = run.student.head.last.weight.clone()
+        for _ in range(steps):
+            run.step(progress)
+        return not torch.equal(run.student.head.last.weight, before)
+
+    assert not moved(0.1, 2)  # in the warm-up, 32 of 40 images seen
+    assert moved(0.1, 4)  # past the first epoch
+    assert moved(0.6, 1)  # past the warm-up
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_toy_run_learns(seed):
+    """Without labels its features come to know the classes; the student to know its image."""
+    data = load_dataset("fashion-mnist", "test").subset(slice(0, 4000))
+    images = np.repeat(np.pad(data.images, ((0, 0), (2, 2), (2, 2), (0, 0))), 3, axis=3)
+    recipe = replace(
+        TINY, options=(("patch_size", 8), ("img_size", 32), ("dynamic_img_size", True),
+                       ("embed_dim", 96), ("depth", 2), ("num_heads", 3), ("global_pool", "avg")),
+        global_scale=(0.5, 1.0), local_scale=(0.2, 0.5), batch_size=64, n_outputs=256, hidden=256,
+        bottleneck=64, learning_rate=4e-3, momentum=(0.97, 1.0), head_norm=True,
+        teacher_temperature=(0.04, 0.04))
+    x = (torch.from_numpy(images[::2]).permute(0, 3, 1, 2) / 255 - 0.45) / 0.226
+
+    def knn(run):
+        run.teacher.eval()
+        with torch.inference_mode():
+            features = run.teacher.backbone(x).numpy()
+        run.teacher.train()
+        return knn_accuracy(features, data.labels[::2])
+
+    untrained = knn(Dino(images, recipe, seed=seed))
+    run = pretrain_dino(images, recipe, budget_images=16_000, seed=seed, n_reports=10)
+    assert knn(run) > untrained + 0.03
+    loss = np.array([entry["loss"] for entry in run.log])
+    entropy = np.array([entry["teacher_entropy"] for entry in run.log])
+    assert loss[-2:].mean() < loss.max() - 0.05  # once the outputs are spread, the loss falls
+    assert (entropy - loss)[-2:].mean() > (entropy - loss)[:2].mean()  # what it knows of the image
 
 
 def test_a_collapse_is_said(caplog):

@@ -155,7 +155,7 @@ def test_bundled_vectors_are_test_images_only():
         load_vectors("cifar10", "pixels")
 
 
-@pytest.mark.parametrize("name", ["patch_kmeans", "vit_mini_random"])
+@pytest.mark.parametrize("name", ["patch_kmeans", "vit_mini_random", "vit_nano_cpu"])
 def test_bundled_vectors_equal_a_fresh_extraction(name):
     folder = data_dir() / "cifar10" / "test"
     if not folder.is_dir():

@@ -24,7 +24,13 @@ def parser() -> argparse.ArgumentParser:
     learn = commands.add_parser("learn-patches", help="learn patch_kmeans again from its source")
     learn.add_argument("--out", default=None, help="file to write; default: the bundled one")
     learn.add_argument("--seed", type=int, default=0)
-    commands.add_parser("bundle-vectors", help="extract the bundled CIFAR-10 vectors again")
+    arm = commands.add_parser("pretrain", help="pretrain one arm of the source ablation by DINO")
+    arm.add_argument("arm", help="a name in tsp_utils.arms.ARMS, for example vit_nano_cpu")
+    arm.add_argument("--out", default=None, help="folder; default: runs/pretrain/ARM")
+    commands.add_parser("dictionary-arms", help="learn and read out the dictionaries of claim C6")
+    bundle = commands.add_parser("bundle", help="put a finished arm into bundled/, with its card")
+    bundle.add_argument("arm")
+    commands.add_parser("bundle-vectors", help="extract the bundled vectors again")
     commands.add_parser("bench", help="measure speed and memory")
     return top
 
@@ -54,6 +60,17 @@ def main(arguments) -> int:
     elif args.command == "learn-patches":
         from tsp_utils.bundle import learn_patches
         print(learn_patches(args.out, args.seed))
+    elif args.command == "pretrain":
+        logging.getLogger("tsp_utils.arms").setLevel(logging.INFO)
+        from tsp_utils.arms import pretrain_arm
+        print(pretrain_arm(args.arm, args.out))
+    elif args.command == "dictionary-arms":
+        logging.getLogger("tsp_utils.dictionary_arms").setLevel(logging.INFO)
+        from tsp_utils.dictionary_arms import learn_dictionary_arms
+        print(learn_dictionary_arms().name)
+    elif args.command == "bundle":
+        from tsp_utils.bundle import bundle_backbone
+        print(bundle_backbone(args.arm).name)
     elif args.command == "bundle-vectors":
         from tsp_utils.bundle import bundle_vectors
         for path in bundle_vectors():

@@ -37,6 +37,7 @@ class BackboneSpec:
 
 
 _OFFICIAL = "https://dl.fbaipublicfiles.com/dino"
+_NANO_CPU = dict(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, global_pool="avg")
 _ROWS = [
     BackboneSpec("pixels", "pixels", input_size=None, mean=(), std=(), interpolation="none",
                  note="the images at their own size, flattened, in [0, 1]; no weights"),
@@ -45,6 +46,12 @@ _ROWS = [
     BackboneSpec("patch_kmeans", "patch_kmeans", {}, "bundled", "patch_kmeans.safetensors",
                  input_size=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), dim=256,
                  note="Coates, Lee and Ng 2011, learned from Tiny-ImageNet's patches"),
+    BackboneSpec("vit_nano_cpu", "vit_tiny_patch16_224", _NANO_CPU, "bundled",
+                 "vit_nano_cpu.safetensors", input_size=32, dim=128,
+                 note="our own DINO on Tiny-ImageNet, on two CPU cores"),
+    BackboneSpec("vit_nano_cpu_cifar10_4k", "vit_tiny_patch16_224", _NANO_CPU, "bundled",
+                 "vit_nano_cpu_cifar10_4k.safetensors", input_size=32, dim=128,
+                 note="its target-only twin: DINO on 4,000 images of CIFAR-10's train split"),
     BackboneSpec("dino_resnet50", "resnet50", {}, "url", "dino_resnet50_pretrain.pth",
                  f"{_OFFICIAL}/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
                  dim=2048, published_knn=67.5, note="TSP-ResNet"),

@@ -1,11 +1,14 @@
-"""Making again what ships in bundled/: the dictionary of patches and the feature vectors."""
+"""Making again what ships in bundled/: the dictionary of patches, the networks, the vectors."""
 
 import hashlib
 import inspect
 import json
 import os
+import shutil
 import time
 from pathlib import Path
+
+import numpy as np
 
 from tsp_utils.backbones import load_backbone
 from tsp_utils.datasets import load_dataset
@@ -14,9 +17,12 @@ from tsp_utils.features import cached_features
 from tsp_utils.head_runs import versions
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.patch_kmeans import learn_patch_kmeans
-from tsp_utils.paths import bundled_dir
+from tsp_utils.paths import bundled_dir, runs_dir
+from tsp_utils.readouts import read_out
 
-VECTOR_BACKBONES = ("vit_mini_random", "patch_kmeans")
+PRETRAINED = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k")
+VECTOR_BACKBONES = ("vit_mini_random", "patch_kmeans", *PRETRAINED)
+C5_CLASSES = range(0, 200, 20)  # of Tiny-ImageNet, in the order of their names; 50 images each
 
 
 def learn_patches(out: str | None = None, seed: int = 0) -> Path:
@@ -47,6 +53,42 @@ def learn_patches(out: str | None = None, seed: int = 0) -> Path:
     return path
 
 
+def bundle_backbone(name: str) -> Path:
+    """Put a finished pretraining arm into bundled/: weights, model card, read-outs on the way.
+
+    Needs `python -m tsp_utils pretrain NAME` to have finished, and both data sets. Returns the
+    path of the weights. Raises FileNotFoundError for an arm that has not finished.
+    """
+    folder = runs_dir() / "pretrain" / name
+    if not (folder / "log.json").exists():
+        raise FileNotFoundError(f"The arm {name} has not finished; run python -m tsp_utils "
+                                f"pretrain {name} first.")
+    path = bundled_dir() / f"{name}.safetensors"
+    shutil.copyfile(folder / "final.safetensors", path)
+    card = json.loads((folder / "log.json").read_text())
+    card |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+             "licence_of_weights": "MIT, as this repository; the images' own terms are named above",
+             "knn": knn_readouts(name, path) | {"tinyimagenet32, train to val": _in_domain(name)}}
+    path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+    target = load_dataset("cifar10", "test")
+    records = [{"backbone": name, "checkpoint": mark} | read_out(FeatureSet(
+        "cifar10", "test", f"{name} {mark}",
+        cached_features(load_backbone(name, checkpoint=folder / f"{mark}.safetensors"), target),
+        target.labels, target.classes)) for mark in ("quarter", "half", "final")]
+    out = bundled_dir() / "readouts" / f"{name}.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+    return path
+
+
+def _in_domain(backbone: str) -> float:
+    """Weighted kNN accuracy on the source itself: Tiny-ImageNet's train images vote on its val."""
+    train, val = (load_dataset("tinyimagenet32", split) for split in ("train", "val"))
+    network = load_backbone(backbone)
+    return round(100 * knn_accuracy(cached_features(network, train), train.labels,
+                                    cached_features(network, val), val.labels), 2)
+
+
 def knn_readouts(backbone: str, checkpoint=None) -> dict[str, float]:
     """Weighted kNN accuracy (K = 20, percent) on the targets, read once after learning."""
     network = load_backbone(backbone, checkpoint=checkpoint)
@@ -62,8 +104,10 @@ def knn_readouts(backbone: str, checkpoint=None) -> dict[str, float]:
 
 
 def bundle_vectors(backbones=VECTOR_BACKBONES) -> list[Path]:
-    """Write the fp16 vectors of CIFAR-10's test images under each bundled backbone."""
-    images = load_dataset("cifar10", "test")
-    return [save_vectors(FeatureSet("cifar10", "test", name,
+    """Write the fp16 vectors of CIFAR-10's test images, and of C5's 500 images in domain."""
+    target, source = load_dataset("cifar10", "test"), load_dataset("tinyimagenet32", "val")
+    inside = source.subset(np.isin(source.labels, C5_CLASSES))
+    return [save_vectors(FeatureSet(images.name, images.split, name,
                                     cached_features(load_backbone(name), images),
-                                    images.labels, images.classes)) for name in backbones]
+                                    images.labels, images.classes))
+            for name in backbones for images in (target, inside)]

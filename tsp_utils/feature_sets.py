@@ -27,21 +27,21 @@ class FeatureSet:
         return hashlib.sha256(np.ascontiguousarray(self.features)).hexdigest()[:16]
 
 
-def vectors_path(dataset: str, backbone: str) -> Path:
-    """Where the bundled vectors of a data set's test images under a backbone are."""
-    return bundled_dir() / "vectors" / f"{dataset}_test_{backbone}.safetensors"
+def vectors_path(dataset: str, backbone: str, split: str = "test") -> Path:
+    """Where the bundled vectors of a data set's images under a backbone are."""
+    return bundled_dir() / "vectors" / f"{dataset}_{split}_{backbone}.safetensors"
 
 
-def load_vectors(dataset: str, backbone: str) -> FeatureSet:
+def load_vectors(dataset: str, backbone: str, split: str = "test") -> FeatureSet:
     """Bundled vectors (fp16 on disk). Raises FileNotFoundError where none ship."""
     from safetensors import safe_open
 
-    path = vectors_path(dataset, backbone)
+    path = vectors_path(dataset, backbone, split)
     if not path.exists():
         raise FileNotFoundError(f"No vectors of {dataset} under {backbone} are bundled; run the "
                                 f"profile small, which extracts them from the images.")
     with safe_open(path, "np") as file:
-        return FeatureSet(dataset, "test", backbone, file.get_tensor("features").astype(np.float32),
+        return FeatureSet(dataset, split, backbone, file.get_tensor("features").astype(np.float32),
                           file.get_tensor("labels").astype(np.int64),
                           tuple(json.loads(file.metadata()["classes"])))
 
@@ -50,7 +50,7 @@ def save_vectors(found: FeatureSet) -> Path:
     """Write a feature set as bundled vectors: fp16 features, uint8 labels, its provenance."""
     from safetensors.numpy import save_file
 
-    path = vectors_path(found.dataset, found.backbone)
+    path = vectors_path(found.dataset, found.backbone, found.split)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"features": found.features.astype(np.float16),
                "labels": found.labels.astype(np.uint8)}, path,

@@ -9,8 +9,10 @@ from matplotlib.patches import FancyBboxPatch
 CLASS_PALETTE = sns.color_palette("tab10")
 BACKBONE_COLORS = {
     "pixels": "#8c8c8c", "vit_mini_random": "#c49c6b", "patch_kmeans": "#3a78a8",
+    "vit_nano_cpu": "#7d5ba6", "vit_nano_cpu_cifar10_4k": "#e0a03b",
     "dino_resnet50": "#6a9f58", "dino_vits16": "#d1605e", "dino_vitb16": "#967662",
 }
+SOURCE_COLOR, TARGET_COLOR = "#7d5ba6", "#e0a03b"  # claim C6, in every figure
 METHOD_COLORS = {"k-means": "#9aa5b1", "head": "#d1605e"}
 DISPLAY_NAMES = {"k-means": "K-means", "head": "TSP head"}
 
@@ -88,6 +90,29 @@ def plot_kmeans_against_head(table: pd.DataFrame, metric: str = "acc", ax=None):
                     color=METHOD_COLORS[method], marker="_", markersize=14, capsize=3)
     ax.set(xticks=[0, 1], xticklabels=[DISPLAY_NAMES[m] for m in wide], xlim=(-0.5, 1.5),
            ylabel=f"{metric.upper()} (%)")
+    return ax
+
+
+def plot_crossover(table: pd.DataFrame, metric: str = "acc", ax=None):
+    """Target-only arms over the number of their images, the source's arm as a band.
+
+    table: one row an arm, with columns arm, n_images, <metric>_mean and <metric>_std.
+    """
+    ax = ax or plt.gca()
+    mean, std = f"{metric}_mean", f"{metric}_std"
+    source = table[table["arm"] == "source"].iloc[0]
+    ax.axhspan(source[mean] - source[std], source[mean] + source[std], alpha=0.15,
+               color=SOURCE_COLOR, linewidth=0)
+    ax.axhline(source[mean], color=SOURCE_COLOR, label="source")
+    target = table[table["arm"].str.fullmatch(r"target [\d,]+")].sort_values("n_images")
+    ax.errorbar(target["n_images"], target[mean], target[std], color=TARGET_COLOR, marker="o",
+                capsize=3, label="target alone")
+    rest = table[~table.index.isin(target.index) & (table["arm"] != "source")]
+    for marker, (_, row) in zip("sDv^", rest.iterrows(), strict=False):
+        ax.errorbar(row["n_images"], row[mean], row[std], color="0.35", marker=marker, capsize=3,
+                    linestyle="none", label=row["arm"])
+    ax.set(xscale="log", xlabel="images learned from", ylabel=f"{metric.upper()} (%)")
+    ax.legend(fontsize=9)
     return ax
 
 

@@ -50,6 +50,7 @@ class DinoRecipe:
     n_outputs: int = 8192  # of the projection head
     hidden: int = 1024  # of its two hidden layers
     bottleneck: int = 256
+    head_norm: bool = False  # batch norm in the head: short runs leave the uniform start sooner
     max_gradient_norm: float = 3.0
     mean: tuple = (0.485, 0.456, 0.406)
     std: tuple = (0.229, 0.224, 0.225)
@@ -63,10 +64,12 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, dim: int, recipe: DinoRecipe):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, recipe.hidden), nn.GELU(),
-                                 nn.Linear(recipe.hidden, recipe.hidden), nn.GELU(),
-                                 nn.Linear(recipe.hidden, recipe.bottleneck))
-        for layer in self.mlp[::2]:
+        norm = nn.BatchNorm1d if recipe.head_norm else nn.Identity
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, recipe.hidden), norm(recipe.hidden), nn.GELU(),
+            nn.Linear(recipe.hidden, recipe.hidden), norm(recipe.hidden), nn.GELU(),
+            nn.Linear(recipe.hidden, recipe.bottleneck))
+        for layer in self.mlp[::3]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
         self.last = weight_norm(nn.Linear(recipe.bottleneck, recipe.n_outputs, bias=False))
@@ -209,7 +212,8 @@ class Dino:
                          now["teacher_temperature"])
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
-        if self.images_seen < len(self.images):  # the prototypes rest during the first epoch
+        if self.images_seen < len(self.images) and progress < self.recipe.warmup:
+            # the prototypes rest at first: for an epoch, or the warm-up where that is shorter
             self.student.head.last.parametrizations.weight.original1.grad = None
         nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.max_gradient_norm)
         for group, decay in zip(self.adam.param_groups, (now["weight_decay"], 0.0), strict=True):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
 from tsp_utils.paths import bundled_dir, data_dir
 
 if TYPE_CHECKING:

@@ -1,0 +1,135 @@
+"""The arms: fair by the rules, made by one command, resumed, read back as a backbone."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import tsp_utils.arms as arms
+from tsp_utils.arms import (
+    ARMS,
+    MINI,
+    NANO,
+    RESNET_MINI,
+    RESNET_NANO,
+    Arm,
+    arm_images,
+    find_arm,
+    pretrain_arm,
+)
+from tsp_utils.datasets import ImageDataset
+from tsp_utils.pretrain import DinoRecipe
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = DinoRecipe(options=(("patch_size", 8), ("img_size", 32), ("dynamic_img_size", True),
+                           ("embed_dim", 32), ("depth", 1), ("num_heads", 2)),
+                  n_local=2, batch_size=16, n_outputs=64, hidden=32, bottleneck=16, head_norm=True)
+
+
+def images_of(name, split, *_, **__) -> ImageDataset:
+    """40 images of 4 classes; another seed a set and split."""
+    rng = np.random.default_rng(sum(map(ord, name + split)))
+    return ImageDataset(name, split, rng.integers(0, 256, (40, 32, 32, 3), np.uint8),
+                        np.arange(40) % 4, tuple("abcd"))
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    monkeypatch.setattr(arms, "load_dataset", images_of)
+    monkeypatch.setitem(ARMS, "tiny", Arm(TINY, ("cifar10",), 320))
+
+
+def cost(recipe: DinoRecipe) -> tuple[int, int]:
+    """Parameters and forward FLOPs for one 32-px image, by torch's own counter."""
+    with torch.device("meta"):
+        network = timm.create_model(recipe.architecture, num_classes=0, **dict(recipe.options))
+    network.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, 32, 32, device="meta"))
+    return sum(p.numel() for p in network.parameters()), counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("vit", "resnet"), [(MINI, RESNET_MINI), (NANO, RESNET_NANO)])
+def test_parity_of_vit_and_resnet(vit, resnet):
+    """The rules: parameters within 10 %, FLOPs within 25 %, and the recipe is the same."""
+    (vit_parameters, vit_flops), (parameters, flops) = cost(vit), cost(resnet)
+    assert abs(parameters / vit_parameters - 1) < 0.10
+    assert abs(flops / vit_flops - 1) < 0.25
+    assert replace(resnet, architecture=vit.architecture, options=vit.options) == vit
+
+
+def test_the_stem_keeps_the_resolution():
+    network = timm.create_model("small_resnet", num_classes=0, layers=(1, 1, 1, 1),
+                                channels=(8, 16, 24, 32))
+    assert network.forward_features(torch.zeros(2, 3, 32, 32)).shape == (2, 32, 4, 4)
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 32)
+    with pytest.raises(ValueError, match="no published weights"):
+        timm.create_model("small_resnet", pretrained=True)
+
+
+def test_arms_of_a_size_see_the_same_number_of_images():
+    for size in ("vit_mini", "vit_nano_cpu"):
+        family = [arm for name, arm in ARMS.items()
+                  if name.startswith(size) and name != "vit_mini_short"]
+        assert len(family) > 1 and len({arm.budget_images for arm in family}) == 1
+    nano = {name: arm for name, arm in ARMS.items()
+            if "nano" in name and "cpu" not in name}
+    full = {arm.budget_images for name, arm in nano.items() if not name.endswith("_epochs")}
+    assert full == {512_000} == {ARMS["vit_mini_short"].budget_images}
+    # equal epochs: as often over its images as the source's arm over its 100,000
+    for name, n_images in (("4k", 4_000), ("12k", 12_500)):
+        arm = nano[f"vit_nano_cifar10_{name}_epochs"]
+        assert arm.budget_images / n_images == pytest.approx(512_000 / 100_000, rel=0.01)
+    assert len({arm.seed for name, arm in nano.items() if name.startswith("resnet_nano")}) == 3
+
+
+def test_subsets_are_drawn_once_without_labels_and_lie_in_one_another(monkeypatch):
+    monkeypatch.setattr(arms, "load_dataset", images_of)
+    base = Arm(TINY, ("cifar10",), 1)
+    few, more, everything = (arm_images(replace(base, n_images=n)) for n in (8, 20, None))
+    assert few.shape == (8, 32, 32, 3) and len(everything) == 40
+    rows = {image.tobytes() for image in more}
+    assert {image.tobytes() for image in few} < rows <= {i.tobytes() for i in everything}
+    assert np.array_equal(few, arm_images(replace(base, n_images=8, seed=5)))
+    union = arm_images(replace(base, data=("tinyimagenet32", "cifar10")))
+    assert len(union) == 80 and np.array_equal(union[40:], everything)
+
+
+def test_an_arm_leaves_weights_that_load_and_a_log(small_world, tmp_path):
+    folder = pretrain_arm("tiny", tmp_path / "tiny")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint.pt", "final.safetensors", "half.safetensors", "log.json",
+        "quarter.safetensors"]
+    log = json.loads((folder / "log.json").read_text())
+    assert log["images_seen"] == 320 and log["n_source_images"] == 40
+    assert log["source"] == "cifar10, train split, all images"
+    assert all(0 <= entry["knn_tinyimagenet_val"] <= 100 for entry in log["log"])
+    assert len({(folder / f"{mark}.safetensors").read_bytes()
+                for mark in ("quarter", "half", "final")}) == 3
+
+    from tsp_utils.backbones import BackboneSpec
+    from tsp_utils.weights import load_model
+    spec = BackboneSpec("tiny", "vit_tiny_patch16_224", dict(TINY.options), "bundled")
+    network = load_model(spec, folder / "final.safetensors").eval()
+    run = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for key, value in network.state_dict().items():
+        torch.testing.assert_close(value, run["teacher"][f"backbone.{key}"], rtol=1e-3, atol=1e-4)
+
+
+def test_a_finished_arm_is_not_trained_again(small_world, tmp_path, monkeypatch):
+    folder = pretrain_arm("tiny", tmp_path)
+    before = {mark: (folder / f"{mark}.safetensors").read_bytes()
+              for mark in ("quarter", "half", "final")}
+    monkeypatch.setattr("tsp_utils.pretrain.Dino.step", None)  # any step would fail
+    pretrain_arm("tiny", tmp_path)
+    assert before == {mark: (folder / f"{mark}.safetensors").read_bytes() for mark in before}
+
+
+def test_an_unknown_arm_names_the_nearest():
+    with pytest.raises(ValueError, match=r"'vit_nan'.*did you mean 'vit_nano'\?"):
+        find_arm("vit_nan")

@@ -1,0 +1,212 @@
+"""The pretraining arms of the source ablation (C6): recipe, images and budget of each, by name.
+
+All arms of a size see the same number of images. Labels are read by the read-outs alone.
+"""
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import timm.layers
+import torch
+from safetensors.torch import save_file
+
+import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
+from tsp_utils.datasets import load_dataset
+from tsp_utils.feature_sets import spread_rows
+from tsp_utils.head_runs import source_hash, versions
+from tsp_utils.neighbors import knn_accuracy
+from tsp_utils.paths import runs_dir
+from tsp_utils.pretrain import Dino, DinoRecipe, pretrain_dino
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One pretraining run: what is learned, from which images, for how long."""
+
+    recipe: DinoRecipe
+    data: tuple[str, ...]  # whose train splits are joined
+    budget_images: int  # images seen
+    n_images: int | None = None  # drawn once by seed 0, without labels; None: all
+    seed: int = 0  # of the run: weights, order, crops
+
+    @property
+    def source(self) -> str:
+        images = "all images" if self.n_images is None else f"{self.n_images:,} images"
+        return f"{' and '.join(self.data)}, train split, {images}"
+
+
+SOURCE, TARGET = ("tinyimagenet32",), ("cifar10",)
+MINI_IMAGES, NANO_IMAGES, NANO_CPU_IMAGES, PAPER_IMAGES = 2_048_000, 512_000, 512_000, 5_000_000
+VIT = dict(patch_size=4, img_size=32, dynamic_img_size=True)
+
+
+def _network(architecture: str, **options) -> DinoRecipe:
+    return DinoRecipe(architecture, tuple(options.items()), (("drop_path_rate", 0.1),))
+
+
+MINI = _network("vit_tiny_patch16_224", **VIT)
+NANO = _network("vit_tiny_patch16_224", **VIT, embed_dim=128, depth=6, num_heads=4)
+RESNET_MINI = _network("small_resnet", layers=(3, 3, 2, 2), channels=(44, 88, 176, 352))
+RESNET_NANO = _network("small_resnet", layers=(3, 2, 3, 2), channels=(20, 40, 80, 160))
+# On CPU cores: global crops of 24 px, about the scale at which a mean crop was seen, cost half; a
+# run this short needs batch norm in the head, a quicker teacher and larger local crops to learn.
+NANO_CPU = replace(
+    NANO, options=tuple((VIT | dict(embed_dim=128, depth=4, num_heads=4,
+                                    global_pool="avg")).items()),
+    local_options=(), global_size=24, local_size=12, n_local=2, global_scale=(0.4, 1.0),
+    local_scale=(0.15, 0.4), batch_size=128, learning_rate=2e-3, momentum=(0.99, 1.0),
+    teacher_temperature=(0.04, 0.04), n_outputs=2048, hidden=512, bottleneck=128, head_norm=True)
+# The paper's size; CIFAR-10's 32-px images are enlarged by the crops themselves.
+PAPER_VIT_S = DinoRecipe("vit_small_patch16_224", (("dynamic_img_size", True),),
+                         (("drop_path_rate", 0.1),), global_size=224, local_size=96, n_local=8,
+                         batch_size=512, n_outputs=65_536, hidden=2048)
+
+
+def _arms() -> dict[str, Arm]:
+    """All arms; those of a size differ in images (or network), never in images seen."""
+    short = {"4k": 4_000, "12k": 12_500}
+    arms = {
+        "vit_mini": Arm(MINI, SOURCE, MINI_IMAGES),
+        "resnet_mini": Arm(RESNET_MINI, SOURCE, MINI_IMAGES),
+        "vit_mini_cifar10": Arm(MINI, TARGET, MINI_IMAGES),
+        "vit_mini_cifar10_4k": Arm(MINI, TARGET, MINI_IMAGES, short["4k"]),
+        "vit_mini_short": Arm(MINI, SOURCE, NANO_IMAGES),  # C4: the larger at nano's budget
+    }
+    nano = {
+        "vit_nano": Arm(NANO, SOURCE, NANO_IMAGES),
+        "resnet_nano": Arm(RESNET_NANO, SOURCE, NANO_IMAGES),
+        "vit_nano_cifar10": Arm(NANO, TARGET, NANO_IMAGES),
+        "vit_nano_union": Arm(NANO, SOURCE + TARGET, NANO_IMAGES),
+    } | {f"vit_nano_cifar10_{tag}": Arm(NANO, TARGET, NANO_IMAGES, n) for tag, n in short.items()}
+    for name, arm in nano.items():
+        arms |= {name if seed == 0 else f"{name}_s{seed}": replace(arm, seed=seed)
+                 for seed in range(3)}
+    for tag, share in (("4k", 25), ("12k", 8), ("", 2)):  # as many epochs as the source's arm
+        name = "vit_nano_cifar10" + (f"_{tag}" if tag else "")
+        arms[f"{name}_epochs"] = replace(nano[name], budget_images=NANO_IMAGES // share)
+    arms |= {
+        "vit_nano_cpu": Arm(NANO_CPU, SOURCE, NANO_CPU_IMAGES),
+        "vit_nano_cpu_cifar10_4k": Arm(NANO_CPU, TARGET, NANO_CPU_IMAGES, short["4k"]),
+        "vits16_cifar10": Arm(PAPER_VIT_S, TARGET, PAPER_IMAGES),  # Figs 4b, 6 and 7a
+    }
+    return arms
+
+
+ARMS = _arms()
+
+
+def find_arm(name: str) -> Arm:
+    """The arm of that name. Raises ValueError for an unknown one."""
+    if name in ARMS:
+        return ARMS[name]
+    near = difflib.get_close_matches(name, ARMS, 1, 0.4)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"Unknown pretraining arm {name!r}{hint}: pass one of {', '.join(ARMS)}.")
+
+
+def arm_images(arm: Arm) -> np.ndarray:
+    """The arm's images, uint8 [N, H, W, 3]; a subset is one prefix of one permutation."""
+    images = np.concatenate([load_dataset(name, "train").images for name in arm.data])
+    if arm.n_images is None:
+        return images
+    rows = np.random.default_rng(0).permutation(len(images))[: arm.n_images]
+    return images[np.sort(rows)]
+
+
+def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
+    """Pretrain one arm, or finish it from its checkpoint; returns its folder.
+
+    Leaves the teacher's backbone at a quarter, half and all of the budget (fp16 safetensors), the
+    log with its kNN read-outs, and the checkpoint. Needs the arm's images, and Tiny-ImageNet's val
+    split for the read-outs.
+    """
+    arm = find_arm(name)
+    folder = Path(out_dir) if out_dir else runs_dir() / "pretrain" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    images, code = arm_images(arm), source_hash(("pretrain", "multi_crop"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":  # the fused attention's backward in bf16 is twice as slow there
+        timm.layers.set_fused_attn(False)
+    checkpoint = folder / "checkpoint.pt"
+    marks = {0.25: folder / "quarter.safetensors", 0.5: folder / "half.safetensors"}
+    if checkpoint.exists():  # resumed: what is past stays as it is
+        marks = {share: path for share, path in marks.items() if not path.exists()}
+    read_out = KnnReadout()
+
+    def callback(run: Dino, entry: dict) -> None:
+        entry["knn_tinyimagenet_val"] = read_out(run)
+        logger.info("%s: %s", name, json.dumps(entry))
+        for share in [mark for mark in marks if entry["images_seen"] >= mark * arm.budget_images]:
+            save_backbone(run, marks.pop(share))
+
+    run = pretrain_dino(
+        images, arm.recipe, budget_images=arm.budget_images, seed=arm.seed, device=device,
+        dtype=torch.bfloat16, compiled=device == "cuda", checkpoint=checkpoint,
+        callback=callback)
+    save_backbone(run, folder / "final.safetensors")
+    log = {
+        "name": name, "method": "DINO (Caron et al. 2021)", "source": arm.source,
+        "source_sha256": hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
+        "n_source_images": len(images), "images_seen": run.images_seen,
+        "seed": arm.seed, "recipe": asdict(run.recipe), "minutes": round(run.seconds / 60, 1),
+        "hardware": hardware(device), "versions": versions(),
+        "code_sha256": code,
+        "finished": time.strftime("%Y-%m-%d"), "log": run.log,
+    }
+    (folder / "log.json").write_text(json.dumps(log, indent=1) + "\n")
+    return folder
+
+
+class KnnReadout:
+    """Weighted kNN accuracy on Tiny-ImageNet: 8,000 train images vote on 2,000 of val, percent."""
+
+    def __init__(self):
+        bank, query = load_dataset("tinyimagenet32", "train"), load_dataset("tinyimagenet32", "val")
+        self.bank = bank.subset(spread_rows(len(bank), 8_000))
+        self.query = query.subset(spread_rows(len(query), 2_000))
+
+    def __call__(self, run: Dino) -> float:
+        bank, query = (encode(run, images.images) for images in (self.bank, self.query))
+        accuracy = knn_accuracy(bank, self.bank.labels, query, self.query.labels)
+        return round(100 * accuracy, 2)
+
+
+@torch.inference_mode()
+def encode(run: Dino, images: np.ndarray) -> np.ndarray:
+    """Features float32 [N, D] of uint8 [N, H, W, 3] by the teacher as it is."""
+    backbone, recipe = run.teacher.backbone, run.recipe
+    mean, std = (torch.tensor(v, device=run.device).view(1, 3, 1, 1)
+                 for v in (recipe.mean, recipe.std))
+    backbone.eval()
+    features = []
+    for start in range(0, len(images), 500):
+        x = torch.from_numpy(images[start : start + 500]).to(run.device).permute(0, 3, 1, 2)
+        with torch.autocast(run.device.type, torch.bfloat16, run.dtype == torch.bfloat16):
+            features.append(backbone((x.float() / 255 - mean) / std).float().cpu())
+    backbone.train()
+    return torch.cat(features).numpy()
+
+
+def save_backbone(run: Dino, path: Path) -> None:
+    """The teacher's backbone in fp16, as `load_backbone` reads it."""
+    state = {key: value.half() if value.is_floating_point() else value
+             for key, value in run.teacher.backbone.state_dict().items()}
+    partial = path.with_suffix(".partial")
+    save_file({key: value.contiguous().cpu() for key, value in state.items()}, partial)
+    os.replace(partial, path)
+
+
+def hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()})"

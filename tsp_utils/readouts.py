@@ -1,0 +1,28 @@
+"""What a frozen network is worth on a target, as one record: neighbours, K-means, ten heads."""
+
+from dataclasses import replace
+
+from tsp_utils.feature_sets import FeatureSet
+from tsp_utils.head_runs import run_heads
+from tsp_utils.neighbors import knn_accuracy, label_consistency, nearest_neighbors
+from tsp_utils.study import load_study
+
+CONSISTENCY_AT = (1, 5, 20)  # neighbours
+
+
+def read_out(found: FeatureSet, n_seeds: int = 10) -> dict:
+    """Label consistency, leave-one-out kNN, K-means and heads of one feature set, in percent.
+
+    Protocol `all` on the images given, settings of `offline`; acc, nmi and ari are lists, one entry
+    a seed. Labels score and do nothing else.
+    """
+    study = replace(load_study("offline"), profile="pretrain", n_seeds=n_seeds)
+    consistency = label_consistency(nearest_neighbors(found.features, max(CONSISTENCY_AT)),
+                                    found.labels)
+    table = run_heads(study, found, found).table
+    return {
+        "dataset": found.dataset, "split": found.split, "n": len(found.labels), "protocol": "all",
+        "consistency": {str(k): round(100 * float(consistency[k - 1]), 3) for k in CONSISTENCY_AT},
+        "knn_leave_one_out": round(100 * knn_accuracy(found.features, found.labels), 3),
+    } | {method: {name: rows[name].round(3).tolist() for name in ("acc", "nmi", "ari")}
+         for method, rows in table.groupby("method", sort=False)}
