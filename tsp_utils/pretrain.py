@@ -164,6 +164,9 @@ class Dino:
         for module in self.teacher.modules():  # the teacher drops nothing
             if hasattr(module, "drop_prob"):
                 module.drop_prob = 0.0
+        if dist.is_initialized() and self.device.type == "cuda":  # one batch's statistics
+            self.student, self.teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm,
+                                             (self.student, self.teacher))
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.student.to(device, wide)
         self.teacher.to(device, wide)
@@ -291,6 +294,9 @@ def pretrain_dino(images, recipe: DinoRecipe | None = None, *, budget_images: in
                   dtype: torch.dtype = torch.float32, compiled: bool = False, checkpoint=None,
                   save_every_s: float = 60, n_reports: int = 20, callback=None) -> Dino:
     """Train a backbone by DINO within a budget; returns the run (`.teacher.backbone`, `.log`).
+
+    Under torchrun with an initialised process group each process takes its share of every batch;
+    batch norm then sees the joint batch on CUDA, and its own share elsewhere.
 
     images uint8 [N, H, W, 3], without labels. The budget is images seen, or minutes; schedules run
     over it. `checkpoint` names a file that is resumed from if it is there and saved to every
