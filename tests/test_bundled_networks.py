@@ -42,6 +42,7 @@ def test_the_card_is_of_the_arm_in_the_table(name):
     assert written["source"] == arm.source
     assert written["recipe"] == json.loads(json.dumps(vars(arm.recipe)))
     assert written["log"][-1]["images_seen"] == arm.budget_images
+    assert len(written["terms_of_the_images"]) == len(arm.data)
     assert written["minutes"] > 0 and written["hardware"] and written["code_sha256"]
 
 

@@ -30,6 +30,19 @@ def test_the_paper_s_first_row_beside_k_means_on_pixels():
         assert abs(r.acc_mean - 22.9) < 2.5 and abs(r.nmi_mean - 8.7) < 2.5
 
 
+def test_the_first_look_at_c6_is_that_of_the_tables():
+    """Points by which the target's twin is ahead, and by which the source's dictionaries are."""
+    found = {profile: pd.read_csv(ROOT / "figures" / profile / "07_verdicts.csv").set_index("arms")
+             for profile in ("small", "offline")}
+    networks = {profile: -table.loc["transformers, equal images", "mean"]
+                for profile, table in found.items()}
+    dictionaries = found["small"].loc["dictionaries, equal patches"]
+    assert f"is {networks['small']:.1f} points ahead in `small`" in README
+    assert f"{networks['offline']:.1f} in `offline`" in README
+    assert f"the source is {dictionaries['mean']:.1f} points ahead" in README
+    assert dictionaries["verdict"] == "inconclusive" and "is inconclusive for" in README
+
+
 def test_every_target_and_file_it_names_exists():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"make ([a-z]+)\b", README)) - {"sure"}

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tsp_utils.arms import ARMS
 from tsp_utils.backbones import load_backbone
-from tsp_utils.datasets import load_dataset
+from tsp_utils.datasets import DATASETS, load_dataset
 from tsp_utils.feature_sets import FeatureSet, save_vectors
 from tsp_utils.features import cached_features
 from tsp_utils.head_runs import versions
@@ -67,7 +68,8 @@ def bundle_backbone(name: str) -> Path:
     shutil.copyfile(folder / "final.safetensors", path)
     card = json.loads((folder / "log.json").read_text())
     card |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-             "licence_of_weights": "MIT, as this repository; the images' own terms are named above",
+             "terms_of_the_images": [DATASETS[data].source for data in ARMS[name].data],
+             "licence_of_the_weights": "MIT, as this repository",
              "knn": knn_readouts(name, path) | {"tinyimagenet32, train to val": _in_domain(name)}}
     path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
     target = load_dataset("cifar10", "test")
