@@ -3,6 +3,7 @@
 All arms of a size see the same number of images. Labels are read by the read-outs alone.
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -135,8 +136,6 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     images, code = arm_images(arm), source_hash(("pretrain", "multi_crop"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":  # the fused attention's backward in bf16 is twice as slow there
-        timm.layers.set_fused_attn(False)
     checkpoint = folder / "checkpoint.pt"
     marks = {0.25: folder / "quarter.safetensors", 0.5: folder / "half.safetensors"}
     if checkpoint.exists():  # resumed: what is past stays as it is
@@ -149,10 +148,11 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
         for share in [mark for mark in marks if entry["images_seen"] >= mark * arm.budget_images]:
             save_backbone(run, marks.pop(share))
 
-    run = pretrain_dino(
-        images, arm.recipe, budget_images=arm.budget_images, seed=arm.seed, device=device,
-        dtype=torch.bfloat16, compiled=device == "cuda", checkpoint=checkpoint,
-        callback=callback)
+    with _attention(fused=device != "cpu"):
+        run = pretrain_dino(
+            images, arm.recipe, budget_images=arm.budget_images, seed=arm.seed, device=device,
+            dtype=torch.bfloat16, compiled=device == "cuda", checkpoint=checkpoint,
+            callback=callback)
     save_backbone(run, folder / "final.safetensors")
     log = {
         "name": name, "method": "DINO (Caron et al. 2021)", "source": arm.source,
@@ -165,6 +165,21 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
     }
     (folder / "log.json").write_text(json.dumps(log, indent=1) + "\n")
     return folder
+
+
+@contextlib.contextmanager
+def _attention(fused: bool):
+    """The kernel of networks made inside: on a CPU the fused one's bf16 backward is twice as slow.
+
+    timm keeps the choice for the whole process, and features in bf16 differ by it in the third
+    digit: it is put back.
+    """
+    before = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(fused)
+    try:
+        yield
+    finally:
+        timm.layers.set_fused_attn(before)
 
 
 class KnnReadout:
