@@ -1,6 +1,8 @@
 """The arms: fair by the rules, made by one command, resumed, read back as a backbone."""
 
 import json
+import os
+import socket
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +16,10 @@ from tsp_utils.arms import (
     ARMS,
     MINI,
     NANO,
+    NANO_CPU,
     RESNET_MINI,
     RESNET_NANO,
+    RESNET_NANO_CPU,
     Arm,
     arm_images,
     find_arm,
@@ -54,7 +58,8 @@ def cost(recipe: DinoRecipe) -> tuple[int, int]:
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("vit", "resnet"), [(MINI, RESNET_MINI), (NANO, RESNET_NANO)])
+@pytest.mark.parametrize(("vit", "resnet"), [(MINI, RESNET_MINI), (NANO, RESNET_NANO),
+                                             (NANO_CPU, RESNET_NANO_CPU)])
 def test_parity_of_vit_and_resnet(vit, resnet):
     """The rules: parameters within 10 %, FLOPs within 25 %, and the recipe is the same."""
     (vit_parameters, vit_flops), (parameters, flops) = cost(vit), cost(resnet)
@@ -64,7 +69,8 @@ def test_parity_of_vit_and_resnet(vit, resnet):
 
 
 @pytest.mark.parametrize("arm", ["vit_mini", "resnet_mini", "vit_nano", "resnet_nano",
-                                 "vit_nano_cpu", "vits16_cifar10"])
+                                 "vit_nano_cpu", "vit_pico_cpu", "resnet_nano_cpu",
+                                 "vits16_cifar10"])
 def test_every_recipe_takes_steps(arm):
     """At its own crops and network, with a small batch and head: the learned weights move."""
     recipe = replace(ARMS[arm].recipe, batch_size=2, n_outputs=64, hidden=32, warmup=0.0)
@@ -88,15 +94,17 @@ def test_the_stem_keeps_the_resolution():
 def test_arms_of_a_size_see_the_same_number_of_images():
     for size in ("vit_mini", "vit_nano_cpu"):
         family = [arm for name, arm in ARMS.items()
-                  if name.startswith(size) and name != "vit_mini_short"]
+                  if name.startswith(size) and not name.endswith(("_short", "_epochs"))]
         assert len(family) > 1 and len({arm.budget_images for arm in family}) == 1
     nano = {name: arm for name, arm in ARMS.items()
             if "nano" in name and "cpu" not in name}
     full = {arm.budget_images for name, arm in nano.items() if not name.endswith("_epochs")}
     assert full == {512_000} == {ARMS["vit_mini_short"].budget_images}
     # equal epochs: as often over its images as the source's arm over its 100,000
-    for name, n_images in (("4k", 4_000), ("12k", 12_500)):
-        arm = nano[f"vit_nano_cifar10_{name}_epochs"]
+    assert ARMS["vit_pico_cpu"].budget_images == ARMS["resnet_nano_cpu"].budget_images == 512_000
+    for name, n_images in (("cifar10_4k", 4_000), ("cifar10_12k", 12_500),
+                           ("cpu_cifar10_4k", 4_000)):
+        arm = ARMS[f"vit_nano_{name}_epochs"]
         assert arm.budget_images / n_images == pytest.approx(512_000 / 100_000, rel=0.01)
     assert len({arm.seed for name, arm in nano.items() if name.startswith("resnet_nano")}) == 3
 
@@ -134,6 +142,27 @@ def test_an_arm_leaves_weights_that_load_and_a_log(small_world, tmp_path):
     run = torch.load(folder / "checkpoint.pt", weights_only=True)
     for key, value in network.state_dict().items():
         torch.testing.assert_close(value, run["teacher"][f"backbone.{key}"], rtol=1e-3, atol=1e-4)
+
+
+def _one_of_two(rank, folder, port):
+    """What torchrun does: the same command in two processes that find each other."""
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    arms.load_dataset = images_of
+    ARMS["tiny"] = Arm(TINY, ("cifar10",), 320)
+    pretrain_arm("tiny", folder)
+
+
+def test_two_processes_of_torchrun_make_one_arm(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_one_of_two, (tmp_path, port), nprocs=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "final.safetensors", "half.safetensors", "log.json", "quarter.safetensors"]
+    log = json.loads((tmp_path / "log.json").read_text())
+    assert log["images_seen"] == 320  # together, not each
 
 
 def test_a_finished_arm_is_not_trained_again(small_world, tmp_path, monkeypatch):

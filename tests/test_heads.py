@@ -11,7 +11,7 @@ from sklearn.datasets import make_blobs
 
 from tsp_utils import clustering_metrics, init_heads, kmeans, nearest_neighbors, neighbor_weights
 from tsp_utils import train_heads as train
-from tsp_utils.heads import scale_features
+from tsp_utils.heads import MLPHeads, scale_features
 from tsp_utils.neighbors import Neighbors
 
 BLOBS, LABELS = make_blobs(600, 16, centers=5, cluster_std=3.0, random_state=0)
@@ -94,12 +94,12 @@ def test_training_equals_a_plain_loop_with_nn_linear():
 
 
 def test_neighbours_are_drawn_with_their_weights():
-    from tsp_utils.heads import _draw_pairs
+    from tsp_utils.heads import draw_pairs
 
     weights = np.tile(np.float32([0.5, 0.3, 0.2, 0.0]), (1000, 1))
     indices = np.tile(np.arange(4) + 1000, (1000, 1))
     rng = np.random.default_rng(0)
-    drawn = np.concatenate([_draw_pairs(rng, indices, weights.cumsum(1), 1000)[1]
+    drawn = np.concatenate([draw_pairs(rng, indices, weights.cumsum(1), 1000)[1]
                             for _ in range(50)])
     shares = np.bincount(drawn - 1000, minlength=4) / len(drawn)
     np.testing.assert_allclose(shares, [0.5, 0.3, 0.2, 0], atol=0.01)
@@ -148,3 +148,25 @@ def test_bad_input():
     few = Neighbors(NEIGHBORS.indices[:5], NEIGHBORS.distances[:5], "cosine")
     with pytest.raises(ValueError, match="neighbours of 5"):
         train(init_heads(FEATURES, 5, [0]), FEATURES, few)
+
+
+def test_a_head_with_a_hidden_layer_is_torchs():
+    heads = MLPHeads(16, 5, seeds=[0, 1], n_hidden=8)
+    x = torch.randn(7, 16)
+    for s in range(2):
+        inner = torch.relu(x @ heads.hidden.weight[s].T + heads.hidden.bias[s])
+        expected = inner @ heads.weight[s].T + heads.bias[s]
+        torch.testing.assert_close(heads(x)[s], expected, rtol=1e-4, atol=1e-5)
+    default = torch.nn.Linear(16, 4000).weight  # the same law as torch's own layers
+    ours = MLPHeads(16, 5, seeds=[0], n_hidden=4000).hidden.weight
+    assert float(ours.std()) == pytest.approx(float(default.std()), rel=0.02)
+    assert float(ours.abs().max()) <= 0.25 == 1 / math.sqrt(16)
+
+
+def test_a_head_with_a_hidden_layer_learns_and_is_the_same_alone_or_among_others():
+    together, alone = MLPHeads(16, 5, seeds=[0, 1]), MLPHeads(16, 5, seeds=[1])
+    curves = train_heads(together, max_epochs=30).arrays()
+    train_heads(alone, max_epochs=30)
+    assert (curves["loss"][-1] < curves["loss"][0] - 0.5).all()
+    torch.testing.assert_close(together.weight[1], alone.weight[0], rtol=1e-3, atol=1e-4)
+    assert clustering_metrics(LABELS, together.predict(FEATURES)[0])["acc"] > 0.7

@@ -68,7 +68,7 @@ def test_the_notebooks_are_there():
         pytest.skip("notebooks/ holds no notebook yet")
     assert PATHS[0].stem == "00_overview"
     numbers = [int(path.stem[:2]) for path in PATHS]
-    assert numbers == sorted(set(numbers)) and {0, 1, 2, 3, 7} <= set(numbers)
+    assert numbers == sorted(set(numbers)) and set(range(9)) <= set(numbers)
 
 
 @each
@@ -134,7 +134,7 @@ def test_readings_state_numbers():
     assert len(stating) >= 3
 
 
-@pytest.mark.parametrize("number", ["01", "02", "03", "07"])
+@pytest.mark.parametrize("number", ["01", "02", "03", "04", "05", "06", "07", "08"])
 def test_exercises_and_their_solutions_at_the_end(number):
     paths = [path for path in PATHS if path.stem.startswith(number)]
     if not paths:

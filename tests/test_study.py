@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from tsp_utils import clustering_metrics, heads, load_backbone, load_dataset
-from tsp_utils.feature_sets import load_vectors
+from tsp_utils.feature_sets import draw_rows, load_vectors
 from tsp_utils.head_runs import run_heads, summarise
 from tsp_utils.heads import scale_features
 from tsp_utils.image_folders import find_images, read_images
@@ -98,7 +98,7 @@ def test_settings_that_no_profile_names_are_the_papers():
     ("tiny learning_rate=.nan", "learning_rate is nan"),
     ("tiny bundled_vectors=maybe", "bundled_vectors is 'maybe'; pass true or false"),
     ("tiny protocol=both", "protocol is 'both'; pass split or all"),
-    ("tiny metric=5", "metric is 5; pass a name"),
+    ("tiny metric=5", "metric is 5; pass cosine or euclidean or inner"),
     ("tiny backbones=pixels,", "pass names, with commas between"),
     ("tiny default_backbone=pixel", "'pixel' is not among the backbones; pass one of pixels"),
 ])
@@ -260,6 +260,42 @@ def test_other_scalings(tiny, scaling, length):
         np.testing.assert_allclose(np.linalg.norm(scaled, axis=1), length, rtol=1e-4)
     expected = KMeans(10, n_init=1, random_state=0).fit(scaled).labels_
     assert (run.kmeans_clusters(features)[0] == expected).mean() > 0.998
+
+
+def test_settings_of_the_ablations_reach_the_head(tiny):
+    def first_loss(**changes):
+        run = tiny.train("fashion-mnist", "pixels", **changes)
+        assert run.heads.predict(run.scaled(tiny.features(
+            "fashion-mnist", "pixels").features)).shape == (2, 600)
+        return run.curves["loss"][0]
+
+    plain = first_loss()
+    for changes in (dict(init="random"), dict(row_norm=1.0), dict(weighting="uniform"),
+                    dict(n_hidden=8)):
+        assert not np.allclose(first_loss(**changes), plain), changes
+    # read back, it is the same head again
+    runs = [tiny.train("fashion-mnist", "pixels", n_hidden=8) for _ in range(2)]
+    assert torch.equal(runs[0].heads.hidden.weight, runs[1].heads.hidden.weight)
+
+
+def test_images_are_drawn_once_from_the_fitted_ones(tiny):
+    few = replace(tiny, n_fit=100)
+    fit, score = few.fit_and_score("fashion-mnist", "pixels")
+    again, _ = few.fit_and_score("fashion-mnist", "pixels")
+    everything = tiny.features("fashion-mnist", "pixels")
+    assert len(fit.labels) == 100 and len(score.labels) == 600
+    np.testing.assert_array_equal(fit.features, again.features)
+    rows = draw_rows(600, 100)
+    np.testing.assert_array_equal(fit.features, everything.features[rows])
+    assert len(set(rows)) == 100 and (np.diff(rows) > 0).all()
+    assert replace(tiny, n_fit=10_000).fit_and_score("fashion-mnist", "pixels")[0] is not None
+
+
+def test_seeds_of_a_verdict_are_those_of_the_rules_where_the_profile_wants_them(tiny):
+    assert tiny.claim_seeds("C8") == tiny.n_seeds == 2
+    full = replace(tiny, full_seeds=True)
+    assert (full.claim_seeds("C8"), full.claim_seeds("C9")) == (100, 30)
+    assert load_study("small").full_seeds and not load_study("offline").full_seeds
 
 
 def test_a_first_image_that_is_black_does_not_spoil_the_scale(tiny):

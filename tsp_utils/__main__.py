@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     arm.add_argument("arm", help="a name in tsp_utils.arms.ARMS, for example vit_nano_cpu")
     arm.add_argument("--out", default=None, help="folder; default: runs/pretrain/ARM")
     commands.add_parser("dictionary-arms", help="learn and read out the dictionaries of claim C6")
+    commands.add_parser("finetune", help="run the fine-tuning of claim C7 again (40 minutes)")
     bundle = commands.add_parser("bundle", help="put a finished arm into bundled/, with its card")
     bundle.add_argument("arm")
     commands.add_parser("bundle-vectors", help="extract the bundled vectors again")
@@ -51,6 +52,8 @@ def main(arguments) -> int:
         from tsp_utils.run import reproduce
         report(reproduce(" ".join([args.profile, *args.overrides]), args.force))
         print(f"executed notebooks and figures: runs/{run_folder(args)}")
+        if args.profile == "paper":
+            return report_against_paper(" ".join([args.profile, *args.overrides]))
     elif args.command == "refresh":
         from tsp_utils.run import refresh
         report(refresh())
@@ -68,6 +71,10 @@ def main(arguments) -> int:
         logging.getLogger("tsp_utils.dictionary_arms").setLevel(logging.INFO)
         from tsp_utils.dictionary_arms import learn_dictionary_arms
         print(learn_dictionary_arms().name)
+    elif args.command == "finetune":
+        logging.getLogger("tsp_utils.finetuning_runs").setLevel(logging.INFO)
+        from tsp_utils.finetuning_runs import run_finetuning
+        print(run_finetuning().name)
     elif args.command == "bundle":
         from tsp_utils.bundle import bundle_backbone
         print(bundle_backbone(args.arm).name)
@@ -79,6 +86,18 @@ def main(arguments) -> int:
         from tsp_utils.bench import bench
         bench(print)
     return 0
+
+
+def report_against_paper(profile: str) -> int:
+    """Print ours against the paper's ACC; 3 where a head's lies beyond one point, else 0."""
+    from tsp_utils.against_paper import compare
+    from tsp_utils.study import load_study
+    table = compare(load_study(profile))
+    print("\nACC, ours less the paper's, with the 95 % Welch interval:")
+    print(table.round(2).to_string(index=False) if len(table) else "no pair has a row there")
+    outside = table[table["outside"] & (table["stage"] == "head")]
+    print(f"{len(outside)} of {(table['stage'] == 'head').sum()} heads lie beyond one point")
+    return 3 if len(outside) else 0
 
 
 def run_folder(args) -> str:

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import timm.layers
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
 from tsp_utils.datasets import load_dataset
-from tsp_utils.feature_sets import spread_rows
+from tsp_utils.feature_sets import draw_rows, spread_rows
 from tsp_utils.head_runs import source_hash, versions
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.paths import runs_dir
@@ -67,6 +68,11 @@ NANO_CPU = replace(
     local_options=(), global_size=24, local_size=12, n_local=2, global_scale=(0.4, 1.0),
     local_scale=(0.15, 0.4), batch_size=128, learning_rate=2e-3, momentum=(0.99, 1.0),
     teacher_temperature=(0.04, 0.04), n_outputs=2048, hidden=512, bottleneck=128, head_norm=True)
+# C4's smaller ViT, and C1's and C5's ResNet; parity as above.
+PICO_CPU = replace(NANO_CPU, options=tuple((dict(NANO_CPU.options) | dict(
+    embed_dim=64, num_heads=2)).items()))
+RESNET_NANO_CPU = replace(NANO_CPU, architecture="small_resnet", options=tuple(dict(
+    layers=(1, 1, 2, 1), channels=(24, 48, 96, 192)).items()))
 # The paper's size; CIFAR-10's 32-px images are enlarged by the crops themselves.
 PAPER_VIT_S = DinoRecipe("vit_small_patch16_224", (("dynamic_img_size", True),),
                          (("drop_path_rate", 0.1),), global_size=224, local_size=96, n_local=8,
@@ -98,6 +104,9 @@ def _arms() -> dict[str, Arm]:
     arms |= {
         "vit_nano_cpu": Arm(NANO_CPU, SOURCE, NANO_CPU_IMAGES),
         "vit_nano_cpu_cifar10_4k": Arm(NANO_CPU, TARGET, NANO_CPU_IMAGES, short["4k"]),
+        "vit_nano_cpu_cifar10_4k_epochs": Arm(NANO_CPU, TARGET, NANO_CPU_IMAGES // 25, short["4k"]),
+        "vit_pico_cpu": Arm(PICO_CPU, SOURCE, NANO_CPU_IMAGES),  # C4: the smaller
+        "resnet_nano_cpu": Arm(RESNET_NANO_CPU, SOURCE, NANO_CPU_IMAGES),  # C1, C5
         "vits16_cifar10": Arm(PAPER_VIT_S, TARGET, PAPER_IMAGES),  # Figs 4b, 6 and 7a
     }
     return arms
@@ -120,27 +129,38 @@ def arm_images(arm: Arm) -> np.ndarray:
     images = np.concatenate([load_dataset(name, "train").images for name in arm.data])
     if arm.n_images is None:
         return images
-    rows = np.random.default_rng(0).permutation(len(images))[: arm.n_images]
-    return images[np.sort(rows)]
+    return images[draw_rows(len(images), arm.n_images)]
 
 
 def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
     """Pretrain one arm, or finish it from its checkpoint; returns its folder.
 
-    Leaves the teacher's backbone at a quarter, half and all of the budget (fp16 safetensors), the
-    log with its kNN read-outs, and the checkpoint. Needs the arm's images, and Tiny-ImageNet's val
-    split for the read-outs.
+    Under `torchrun` every process takes its share of each batch, the first one writes, and nothing
+    is resumed: `torchrun --nproc-per-node 4 -m tsp_utils pretrain NAME`. Leaves the teacher's
+    backbone at a quarter, half and all of the budget (fp16 safetensors), the log with its kNN
+    read-outs, and the checkpoint. Needs the arm's images, and Tiny-ImageNet's val split for the
+    read-outs.
     """
     arm = find_arm(name)
+    n_processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
+    if n_processes > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        try:
+            return pretrain_arm(name, out_dir)
+        finally:
+            dist.destroy_process_group()
+    first = n_processes == 1 or dist.get_rank() == 0
     folder = Path(out_dir) if out_dir else runs_dir() / "pretrain" / name
     folder.mkdir(parents=True, exist_ok=True)
     images, code = arm_images(arm), source_hash(("pretrain", "multi_crop"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = folder / "checkpoint.pt"
+    checkpoint = folder / "checkpoint.pt" if n_processes == 1 else None
     marks = {0.25: folder / "quarter.safetensors", 0.5: folder / "half.safetensors"}
-    if checkpoint.exists():  # resumed: what is past stays as it is
+    if checkpoint and checkpoint.exists():  # resumed: what is past stays as it is
         marks = {share: path for share, path in marks.items() if not path.exists()}
-    read_out = KnnReadout()
+    read_out = KnnReadout() if first else None
 
     def callback(run: Dino, entry: dict) -> None:
         entry["knn_tinyimagenet_val"] = read_out(run)
@@ -148,11 +168,13 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
         for share in [mark for mark in marks if entry["images_seen"] >= mark * arm.budget_images]:
             save_backbone(run, marks.pop(share))
 
-    with _attention(fused=device != "cpu"):
+    with attention(fused=device != "cpu"):
         run = pretrain_dino(
             images, arm.recipe, budget_images=arm.budget_images, seed=arm.seed, device=device,
             dtype=torch.bfloat16, compiled=device == "cuda", checkpoint=checkpoint,
-            callback=callback)
+            callback=callback if first else None)
+    if not first:
+        return folder
     save_backbone(run, folder / "final.safetensors")
     log = {
         "name": name, "method": "DINO (Caron et al. 2021)", "source": arm.source,
@@ -168,7 +190,7 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
 
 
 @contextlib.contextmanager
-def _attention(fused: bool):
+def attention(fused: bool):
     """The kernel of networks made inside: on a CPU the fused one's bf16 backward is twice as slow.
 
     timm keeps the choice for the whole process, and features in bf16 differ by it in the third

@@ -1,6 +1,7 @@
 """Backbones: one table of architectures, weights and transforms, and what applies them."""
 
 import difflib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from timm.data import resolve_data_config
 from torch import nn
 from torch.nn import functional as F
 
+from tsp_utils.paths import bundled_dir
 from tsp_utils.weights import load_model, state_sha256
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -52,6 +54,14 @@ _ROWS = [
     BackboneSpec("vit_nano_cpu_cifar10_4k", "vit_tiny_patch16_224", _NANO_CPU, "bundled",
                  "vit_nano_cpu_cifar10_4k.safetensors", input_size=32, dim=128,
                  note="its target-only twin: DINO on 4,000 images of CIFAR-10's train split"),
+    BackboneSpec("vit_pico_cpu", "vit_tiny_patch16_224",
+                 _NANO_CPU | dict(embed_dim=64, num_heads=2), "bundled",
+                 "vit_pico_cpu.safetensors", input_size=32, dim=64,
+                 note="a smaller ViT, for claim C4: our own DINO on Tiny-ImageNet, on a CPU"),
+    BackboneSpec("resnet_nano_cpu", "small_resnet",
+                 dict(layers=(1, 1, 2, 1), channels=(24, 48, 96, 192)), "bundled",
+                 "resnet_nano_cpu.safetensors", input_size=32, dim=192,
+                 note="a ResNet like vit_nano_cpu, for C1 and C5: our own DINO, on a CPU"),
     BackboneSpec("dino_resnet50", "resnet50", {}, "url", "dino_resnet50_pretrain.pth",
                  f"{_OFFICIAL}/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
                  dim=2048, published_knn=67.5, note="TSP-ResNet"),
@@ -135,6 +145,17 @@ class Backbone:
             features = self.model(x.to(self.device))  # [B,D]
         self.dim = features.shape[1]
         return features.float().cpu()
+
+
+def in_domain_knn(name: str) -> float | None:
+    """kNN accuracy (K = 20, percent) on the source's held-out images; None where nobody says.
+
+    From the model card of a bundled network (Tiny-ImageNet val), or as published (ImageNet val).
+    """
+    spec, card = _find_spec(name), bundled_dir() / f"{name}.json"
+    if card.exists():
+        return json.loads(card.read_text())["knn"].get("tinyimagenet32, train to val")
+    return spec.published_knn
 
 
 def load_backbone(name: str, device: str = "auto", checkpoint: str | os.PathLike | None = None,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tsp_utils.arms import ARMS
-from tsp_utils.backbones import load_backbone
+from tsp_utils.backbones import BACKBONES, load_backbone
 from tsp_utils.datasets import DATASETS, load_dataset
 from tsp_utils.feature_sets import FeatureSet, save_vectors
 from tsp_utils.features import cached_features
@@ -21,7 +21,7 @@ from tsp_utils.patch_kmeans import learn_patch_kmeans
 from tsp_utils.paths import bundled_dir, runs_dir
 from tsp_utils.readouts import read_out
 
-PRETRAINED = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k")
+PRETRAINED = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k", "vit_pico_cpu", "resnet_nano_cpu")
 VECTOR_BACKBONES = ("vit_mini_random", "patch_kmeans", *PRETRAINED)
 C5_CLASSES = range(0, 200, 20)  # of Tiny-ImageNet, in the order of their names; 50 images each
 
@@ -57,13 +57,16 @@ def learn_patches(out: str | None = None, seed: int = 0) -> Path:
 def bundle_backbone(name: str) -> Path:
     """Put a finished pretraining arm into bundled/: weights, model card, read-outs on the way.
 
-    Needs `python -m tsp_utils pretrain NAME` to have finished, and both data sets. Returns the
-    path of the weights. Raises FileNotFoundError for an arm that has not finished.
+    Of an arm that is not in the table of backbones the read-outs alone. Needs `python -m tsp_utils
+    pretrain NAME` to have finished, and both data sets. Returns the path of what it wrote last.
+    Raises FileNotFoundError for an arm that has not finished.
     """
     folder = runs_dir() / "pretrain" / name
     if not (folder / "log.json").exists():
         raise FileNotFoundError(f"The arm {name} has not finished; run python -m tsp_utils "
                                 f"pretrain {name} first.")
+    if name not in BACKBONES:  # an arm that only its read-outs are wanted of
+        return _write_readouts(name, folder)
     path = bundled_dir() / f"{name}.safetensors"
     shutil.copyfile(folder / "final.safetensors", path)
     card = json.loads((folder / "log.json").read_text())
@@ -72,15 +75,22 @@ def bundle_backbone(name: str) -> Path:
              "licence_of_the_weights": "MIT, as this repository",
              "knn": knn_readouts(name, path) | {"tinyimagenet32, train to val": _in_domain(name)}}
     path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+    _write_readouts(name, folder)
+    return path
+
+
+def _write_readouts(name: str, folder: Path) -> Path:
+    """What the arm's checkpoints are worth on CIFAR-10's test images, as committed records."""
+    like = max((known for known in BACKBONES if name.startswith(known)), key=len)
     target = load_dataset("cifar10", "test")
     records = [{"backbone": name, "checkpoint": mark} | read_out(FeatureSet(
         "cifar10", "test", f"{name} {mark}",
-        cached_features(load_backbone(name, checkpoint=folder / f"{mark}.safetensors"), target),
+        cached_features(load_backbone(like, checkpoint=folder / f"{mark}.safetensors"), target),
         target.labels, target.classes)) for mark in ("quarter", "half", "final")]
     out = bundled_dir() / "readouts" / f"{name}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
-    return path
+    return out
 
 
 def _in_domain(backbone: str) -> float:

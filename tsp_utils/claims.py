@@ -59,6 +59,12 @@ CLAIMS = tuple(Claim(*row) for row in (
      "ACC, weighted - uniform neighbours", 1, "head", ANALOGUE, 30, "perplexity of P beside it"),
 ))  # fmt: skip
 
+
+def claim_of(claim_id: str) -> Claim:
+    """The claim of that id, C0 to C12."""
+    return next(claim for claim in CLAIMS if claim.id == claim_id)
+
+
 RULES = {
     "unit": "Head claims vary the head's seed on fixed features; backbone claims compare pretrained"
     " networks: one network an arm decides at best for this pair of networks.",
@@ -114,10 +120,20 @@ def sign_flip_p(differences: Sequence[float]) -> float:
             sums = np.concatenate([sums + value, sums - value])
         return float(np.mean(np.abs(sums) >= extreme))
     rng, count = np.random.default_rng(0), 0
+    sizes, times = np.unique(np.abs(d), return_counts=True)  # equal sizes flip as one binomial
     for _ in range(100):  # in chunks, to bound memory
-        signs = 2 * rng.integers(0, 2, size=(1000, len(d)), dtype=np.int8) - 1
-        count += int(np.sum(np.abs(signs @ d) >= extreme))
+        signs = 2 * rng.binomial(times, 0.5, size=(1000, len(sizes))) - times
+        count += int(np.sum(np.abs(signs @ sizes) >= extreme))
     return (count + 1) / (100_000 + 1)  # the observed signs are one of the flips
+
+
+def bootstrap_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Low, high: percentile interval of the mean by 2,000 seeded resamples of differences [n]."""
+    d, rng = _checked(differences), np.random.default_rng(0)
+    sizes, times = np.unique(d, return_counts=True)  # a resample is a multinomial of its values
+    means = rng.multinomial(len(d), times / len(d), size=2000) @ sizes / len(d)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

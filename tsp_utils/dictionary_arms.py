@@ -55,7 +55,7 @@ def learn_dictionary_arms(n_seeds: int = 10, n_heads: int = 5) -> Path:
             path = runs_dir() / "pretrain" / "dictionaries" / f"{name}_{seed}.json".replace(" ", "")
             wanted = {"arm": name, "source": ARMS[twin].source, "settings": settings,
                       "n_heads": n_heads, "code": code}
-            record = _stored(path, wanted)
+            record = stored_record(path, wanted)
             if record is None:
                 images = arm_images(ARMS[twin]) if images is None else images
                 start = time.perf_counter()
@@ -80,8 +80,7 @@ def learn_dictionary_arms(n_seeds: int = 10, n_heads: int = 5) -> Path:
     return out
 
 
-
-def _stored(path: Path, wanted: dict) -> dict | None:
+def stored_record(path: Path, wanted: dict) -> dict | None:
     """A record of exactly these settings and sources, or None."""
     try:
         record = json.loads(path.read_text())

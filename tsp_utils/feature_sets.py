@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tsp_utils.paths import bundled_dir
+from tsp_utils.paths import bundled_dir, data_dir
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +70,14 @@ def load_images(dataset: str, split: str, n_images: int | None = None):
 
     Raises ValueError for a set without labels, against which no lesson could be scored.
     """
+    return _load_images(dataset, split, n_images, data_dir())
+
+
+@lru_cache(maxsize=2)  # a notebook asks for the same two splits again and again
+def _load_images(dataset: str, split: str, n_images: int | None, root: Path):
     from tsp_utils.datasets import load_dataset
 
-    images = load_dataset(dataset, split)
+    images = load_dataset(dataset, split, root)
     if images.labels is None:
         raise ValueError(f"{dataset} has no labels, and this study scores clusters against them; "
                          f"lay its images out as one folder a class.")
@@ -82,6 +87,11 @@ def load_images(dataset: str, split: str, n_images: int | None = None):
 def spread_rows(n: int, n_rows: int | None) -> np.ndarray:
     """n_rows of n row numbers, evenly spaced; all of them for None."""
     return np.arange(n) if n_rows is None else np.linspace(0, n - 1, min(n, n_rows)).astype(int)
+
+
+def draw_rows(n: int, n_rows: int) -> np.ndarray:
+    """n_rows of n row numbers, drawn once by seed 0 and without labels, in order; at most all."""
+    return np.sort(np.random.default_rng(0).permutation(n)[:n_rows])
 
 
 def extract(backbone: str, images) -> FeatureSet:

@@ -75,10 +75,10 @@ def run_heads(study, fit: FeatureSet, score: FeatureSet) -> HeadRuns:
     """Train (or read back) all seeds of one setting and score them; leaves one JSON record."""
     import torch
 
-    from tsp_utils.heads import LinearHeads, init_heads, train_heads, warn_of_collapse
+    from tsp_utils.heads import train_heads, warn_of_collapse
     from tsp_utils.neighbors import nearest_neighbors
 
-    settings = _settings(study, fit) | dict(score=score.fingerprint)
+    settings = settings_of(study, fit) | dict(score=score.fingerprint)
     key = _key(settings)
     path = cache_dir() / "heads" / f"{_file_name(fit)}_{key}.npz"
     centers, scale = _fit_kmeans(study, fit)
@@ -87,35 +87,48 @@ def run_heads(study, fit: FeatureSet, score: FeatureSet) -> HeadRuns:
     if not was_read:
         start = time.perf_counter()
         scaled = _scaled(fit.features, study.scaling, scale)
-        heads = init_heads(scaled, settings["n_clusters"], study.seeds, centers=centers)
+        heads = _new_heads(study, settings, scaled, centers)
+        neighbors = nearest_neighbors(scaled, study.n_neighbors, study.metric)
+        uniform = np.full(neighbors.indices.shape, 1 / study.n_neighbors, np.float32)
         history = train_heads(
-            heads, scaled, nearest_neighbors(scaled, study.n_neighbors, study.metric),
+            heads, scaled, neighbors, weights=uniform if study.weighting == "uniform" else None,
             entropy_weight=study.entropy_weight, max_epochs=study.max_epochs,
             min_steps=study.min_steps, batch_size=study.batch_size,
             learning_rate=study.learning_rate, device=_device())
-        arrays = {f"curve_{name}": curve for name, curve in history.arrays().items()} | dict(
-            weight=heads.weight.detach().numpy(), bias=heads.bias.detach().numpy(),
+        arrays = {f"curve_{name}": curve for name, curve in history.arrays().items()} | {
+            f"state_{name}": array.numpy() for name, array in heads.state_dict().items()} | dict(
             seconds=time.perf_counter() - start,
             made_with=json.dumps(versions() | {"machine": platform.machine(), "device": _device()}))
         _write_whole(path, lambda file: np.savez(file, **arrays))
     curves = {name.removeprefix("curve_"): arrays[name] for name in arrays if "curve_" in name}
     if was_read:  # a collapse is said again, whenever its heads are used
         warn_of_collapse(curves, study.seeds, settings["n_clusters"], study.entropy_weight)
-    heads = LinearHeads(arrays["weight"], study.seeds)
-    heads.bias.data = torch.from_numpy(arrays["bias"])
+    heads = _new_heads(study, settings, fit.features, centers)
+    heads.load_state_dict({name.removeprefix("state_"): torch.from_numpy(array)
+                           for name, array in arrays.items() if name.startswith("state_")})
     run = HeadRuns(settings, centers, heads, curves, scale, pd.DataFrame(),
                    float(arrays["seconds"]))
-    table = _score_clusters(study, fit, score,
+    table = score_clusters(study, fit, score,
                             {"k-means": run.kmeans_clusters, "head": run.head_clusters})
     _write_record(study.run_dir / "records" / f"{_file_name(fit)}_{key}.json", run, table,
                   json.loads(str(arrays["made_with"])))
     return replace(run, table=table)
 
 
+def _new_heads(study, settings: dict, features: np.ndarray, centers: np.ndarray):
+    """Untrained heads of a setting: Appendix A's start, another one, or a hidden layer."""
+    from tsp_utils.heads import MLPHeads, init_heads
+
+    if study.n_hidden:
+        return MLPHeads(features.shape[1], settings["n_clusters"], study.seeds, study.n_hidden)
+    return init_heads(features, settings["n_clusters"], study.seeds, study.init, study.row_norm,
+                      centers)
+
+
 def run_kmeans(study, fit: FeatureSet, score: FeatureSet) -> pd.DataFrame:
     """K-means alone, all seeds of one setting, scored as in `HeadRuns.table`."""
     centers, scale = _fit_kmeans(study, fit)
-    return _score_clusters(study, fit, score, {
+    return score_clusters(study, fit, score, {
         "k-means": lambda x: _nearest_centers(_scaled(x, study.scaling, scale), centers)})
 
 
@@ -124,26 +137,42 @@ def _fit_kmeans(study, fit: FeatureSet) -> tuple[np.ndarray, float]:
     from tsp_utils.heads import kmeans, scale_features
 
     needed = ("n_seeds", "scaling", "dataset", "backbone", "n_clusters", "fit", "sources")
-    key = _key({name: _settings(study, fit)[name] for name in needed})
-    path = cache_dir() / "heads" / f"{_file_name(fit)}_{key}_kmeans.npz"
+
+    def make() -> dict:
+        scaled = scale_features(fit.features, study.scaling)
+        return dict(centers=kmeans(scaled, _n_clusters(fit), study.seeds).centers,
+                    scale=scalar_between(fit.features, scaled))
+
+    arrays = cached_arrays(fit, {name: settings_of(study, fit)[name] for name in needed}, "kmeans",
+                           make)
+    return arrays["centers"], float(arrays["scale"])
+
+
+def scalar_between(features: np.ndarray, scaled: np.ndarray) -> float:
+    """The scalar by which features [N, D] were multiplied."""
+    row = int(np.linalg.norm(scaled, axis=1).argmax())  # any row that is not 0
+    return float(np.linalg.norm(scaled[row]) / np.linalg.norm(features[row]))
+
+
+def cached_arrays(fit: FeatureSet, settings: dict, what: str, make) -> dict:
+    """Arrays by name, read from the cache of heads or made by `make()` and written there."""
+    path = cache_dir() / "heads" / f"{_file_name(fit)}_{_key(settings)}_{what}.npz"
     arrays = _read_arrays(path)
     if arrays is None:
-        scaled = scale_features(fit.features, study.scaling)
-        row = int(np.linalg.norm(scaled, axis=1).argmax())  # any row that is not 0 gives the scalar
-        arrays = dict(centers=kmeans(scaled, _n_clusters(fit), study.seeds).centers,
-                      scale=np.linalg.norm(scaled[row]) / np.linalg.norm(fit.features[row]))
+        arrays = make()
         _write_whole(path, lambda file: np.savez(file, **arrays))
-    return arrays["centers"], float(arrays["scale"])
+    return arrays
 
 
 def _n_clusters(fit: FeatureSet) -> int:
     return int(fit.labels.max()) + 1  # C is assumed known (Sec. 3.2): all that training takes
 
 
-def _settings(study, fit: FeatureSet) -> dict:
+def settings_of(study, fit: FeatureSet) -> dict:
     """Everything that a trained head depends on, as JSON values."""
     of_the_profile = ("profile", "datasets", "backbones", "default_backbone", "bundled_vectors",
-                      "umap_points")
+                      "umap_points", "n_fit", "full_seeds", "vit_and_resnet", "larger_and_smaller",
+                      "kmeans_only")
     return {key: value for key, value in asdict(study).items() if key not in of_the_profile} | dict(
         dataset=fit.dataset, backbone=fit.backbone, n_clusters=_n_clusters(fit), n=len(fit.labels),
         dim=fit.features.shape[1], fit=fit.fingerprint, sources=source_hash(CORE))
@@ -165,11 +194,13 @@ def _read_arrays(path: Path) -> dict | None:
         return None
 
 
-def _score_clusters(study, fit: FeatureSet, score: FeatureSet, methods: dict) -> pd.DataFrame:
-    """One row a method, seed and scored split; methods: name -> features [N, D] to [S, N]."""
+def score_clusters(study, fit: FeatureSet, score: FeatureSet, methods: dict,
+                   only: str | None = None) -> pd.DataFrame:
+    """One row a method, seed and scored split (or `only` one); methods: name -> its function."""
     from tsp_utils.metrics import clustering_metrics
 
     scored = {"test": score} if study.protocol == "all" else {"test": score, "train": fit}
+    scored = {split: found for split, found in scored.items() if only in (None, split)}
     return pd.DataFrame([
         dict(dataset=fit.dataset, backbone=fit.backbone, protocol=study.protocol, scored=split,
              method=method, seed=seed)

@@ -6,6 +6,7 @@ import time
 import warnings
 from dataclasses import dataclass, field
 
+import joblib
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
@@ -66,7 +67,12 @@ def kmeans(features: np.ndarray, n_clusters: int, seeds, n_init: int = 1) -> KMe
         raise ValueError(f"The {len(features)} samples hold only {len(distinct)} distinct feature "
                          f"vectors, fewer than the {n_clusters} clusters asked for; remove "
                          f"duplicates or pass a smaller n_clusters.")
-    runs = [KMeans(n_clusters, n_init=n_init, random_state=seed).fit(features) for seed in seeds]
+    # One thread a run: two runs side by side end sooner than one run on two threads.
+    work = features.size * n_init * len(seeds)
+    with joblib.parallel_config("loky", inner_max_num_threads=1):
+        runs = joblib.Parallel(n_jobs=min(len(seeds), joblib.cpu_count()) if work > 1e7 else 1)(
+            joblib.delayed(KMeans(n_clusters, n_init=n_init, random_state=seed).fit)(features)
+            for seed in seeds)
     return KMeansRuns(np.stack([run.cluster_centers_ for run in runs]),
                       np.stack([run.labels_ for run in runs]).astype(np.int64),
                       np.array([run.inertia_ for run in runs]), tuple(seeds))
@@ -119,6 +125,24 @@ def init_heads(features, n_clusters: int, seeds, init: str = "k-means",
     return LinearHeads(rows / np.maximum(norms, 1e-12) * row_norm, seeds)
 
 
+class MLPHeads(LinearHeads):
+    """S heads with one hidden layer of H units: hidden [S, H, D] and [S, H], then a linear head.
+
+    What Sec. 3.2 advises against (claim C10). Starts from torch's default law, a seed a head:
+    Appendix A has no start for several layers.
+    """
+
+    def __init__(self, dim: int, n_clusters: int, seeds, n_hidden: int = 128):
+        rngs = [np.random.default_rng([seed, 4]) for seed in seeds]
+        super().__init__(np.stack([rng.uniform(-1, 1, (n_clusters, n_hidden)) for rng in rngs])
+                         / math.sqrt(n_hidden), seeds)
+        self.hidden = LinearHeads(np.stack([rng.uniform(-1, 1, (n_hidden, dim)) for rng in rngs])
+                                  / math.sqrt(dim), seeds)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.hidden(x).relu())
+
+
 @dataclass
 class History:
     """Training curves, each a list over epochs of float [S] (means over the epoch's batches).
@@ -164,18 +188,20 @@ def train_heads(heads: LinearHeads, features: np.ndarray, neighbors: Neighbors, 
     draws = [np.random.default_rng([seed, 2]) for seed in heads.seeds]
     x = torch.as_tensor(np.ascontiguousarray(features, np.float32), device=device)
     heads.to(device)
+    batch = x.new_empty(n_seeds * 2 * batch_size, x.shape[1])  # fresh memory a step costs far more
     adam = torch.optim.Adam(heads.parameters(), lr=learning_rate)
     history, start = History(), time.perf_counter()
     for epoch in tqdm(range(n_epochs), "training heads", disable=not progress, leave=False):
-        pairs = np.stack([_draw_pairs(rng, neighbors.indices, cumulative, n_steps * batch_size)
+        pairs = np.stack([draw_pairs(rng, neighbors.indices, cumulative, n_steps * batch_size)
                           for rng in draws])  # [S, 2, T * B]
         pairs = torch.from_numpy(pairs).to(device).view(n_seeds, 2, n_steps, batch_size)
         terms = torch.empty(n_steps, 2, n_seeds)
         mean_p = torch.zeros(n_seeds, n_clusters, device=device)
         assigned = torch.zeros(n_seeds, n_clusters, device=device)
         for step in range(n_steps):
-            rows = pairs[:, :, step].reshape(n_seeds, -1)  # [S, 2B]: samples, then neighbours
-            logits = heads(x[rows])  # [S, 2B, C]
+            rows = pairs[:, :, step].reshape(-1)  # [S * 2B]: samples, then neighbours
+            torch.index_select(x, 0, rows, out=batch)
+            logits = heads(batch.view(n_seeds, -1, x.shape[1]))  # [S, 2B, C]
             mine, others = logits.split(batch_size, 1)
             consistency, entropy = loss_terms(mine, others)  # [S], [S]
             adam.zero_grad(set_to_none=True)
@@ -183,7 +209,7 @@ def train_heads(heads: LinearHeads, features: np.ndarray, neighbors: Neighbors, 
             adam.step()
             with torch.no_grad():
                 terms[step] = torch.stack([consistency, entropy]).cpu()
-                mean_p += mine.softmax(-1).mean(1) / n_steps
+                mean_p += mine.mT.contiguous().softmax(1).mean(-1) / n_steps  # as in `loss_terms`
                 assigned.scatter_add_(1, mine.argmax(-1), torch.ones_like(mine[..., 0]))
         _write_history(history, terms.numpy(), mean_p.cpu().numpy(), assigned.cpu().numpy(),
                        entropy_weight)
@@ -195,8 +221,11 @@ def train_heads(heads: LinearHeads, features: np.ndarray, neighbors: Neighbors, 
     return history
 
 
-def _draw_pairs(rng, indices, cumulative, n_pairs: int) -> np.ndarray:
-    """One epoch of one seed: shuffled samples and a drawn neighbour of each, int64 [2, n_pairs]."""
+def draw_pairs(rng, indices, cumulative, n_pairs: int) -> np.ndarray:
+    """One epoch of one seed: shuffled samples and a drawn neighbour of each, int64 [2, n_pairs].
+
+    indices [N, K] of the neighbours, cumulative [N, K] sums of their weights.
+    """
     samples = rng.permutation(len(indices))[:n_pairs]
     u = rng.random(n_pairs, np.float32)[:, None] * cumulative[samples, -1:]
     drawn = (cumulative[samples] <= u).sum(1).clip(max=indices.shape[1] - 1)

@@ -10,10 +10,13 @@ CLASS_PALETTE = sns.color_palette("tab10")
 BACKBONE_COLORS = {
     "pixels": "#8c8c8c", "vit_mini_random": "#c49c6b", "patch_kmeans": "#3a78a8",
     "vit_nano_cpu": "#7d5ba6", "vit_nano_cpu_cifar10_4k": "#e0a03b",
+    "vit_pico_cpu": "#b79fd0", "resnet_nano_cpu": "#4f9a94",
     "dino_resnet50": "#6a9f58", "dino_vits16": "#d1605e", "dino_vitb16": "#967662",
 }
 SOURCE_COLOR, TARGET_COLOR = "#7d5ba6", "#e0a03b"  # claim C6, in every figure
 METHOD_COLORS = {"k-means": "#9aa5b1", "head": "#d1605e"}
+VERDICT_COLORS = {"holds": "#4a9d5b", "does not hold": "#c9504c", "inconclusive": "#e0a03b",
+                  "not tested": "0.6"}
 DISPLAY_NAMES = {"k-means": "K-means", "head": "TSP head"}
 
 
@@ -129,13 +132,34 @@ def plot_confusion(counts: np.ndarray, classes, class_of, ax=None):
     return ax
 
 
+def plot_ledger(table: pd.DataFrame, ax=None):
+    """One line a claim: difference and interval, the margin as a bar, the verdict as its colour.
+
+    table: columns id, mean, low, high, rule ("m = 2; ..."), verdict; C0 on top.
+    """
+    ax = ax or plt.gca()
+    y = np.arange(len(table))[::-1]
+    margins = table["rule"].str.extract(r"m = ([\d.]+)")[0].astype(float)
+    for verdict, color in VERDICT_COLORS.items():
+        rows = (table["verdict"] == verdict).to_numpy()
+        points = table[rows]
+        spread = np.abs(points[["low", "high"]].to_numpy() - points[["mean"]].to_numpy()).T
+        ax.errorbar(points["mean"], y[rows], xerr=np.nan_to_num(spread), fmt="o", capsize=3,
+                    color=color, label=f"{verdict} ({rows.sum()})")
+    ax.scatter(margins, y, marker="|", s=160, color="0.35", linewidths=1.6)
+    ax.axvline(0, color="0.75", linewidth=1)
+    ax.set(yticks=y, yticklabels=table["id"], xlabel="difference (points)", ylim=(-0.7, y[0] + 0.7))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
 def plot_map(points: np.ndarray, groups: np.ndarray, names, ax=None, legend: bool = True):
     """A two-dimensional map [N, 2] coloured by group [N]."""
     ax = ax or plt.gca()
     for c, name in enumerate(names):
         chosen = points[groups == c]
-        ax.scatter(chosen[:, 0], chosen[:, 1], s=5, color=class_color(c), label=name, alpha=0.7,
-                   linewidths=0)
+        ax.scatter(chosen[:, 0], chosen[:, 1], s=5 if len(points) > 1000 else 14, alpha=0.7,
+                   color=class_color(c), label=name, linewidths=0)
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     ax.spines[:].set_visible(False)

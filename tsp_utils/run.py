@@ -62,9 +62,10 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS):
         finally:
             partial.unlink(missing_ok=True)
         executed.with_suffix(".failed.ipynb").unlink(missing_ok=True)
-        for old in (study.run_dir / "figures").glob(f"{path.stem[:2]}_*"):
-            if old.stat().st_mtime < began - 2:  # of an earlier run that drew something else
-                old.unlink()
+        for kind in ("figures", "claims"):
+            for old in (study.run_dir / kind).glob(f"{path.stem[:2]}_*"):
+                if old.stat().st_mtime < began - 2:  # of an earlier run that drew something else
+                    old.unlink()
         yield path.stem, "ran", time.perf_counter() - start
 
 
@@ -101,6 +102,11 @@ def notebook_hash(path: Path, study: Study) -> str:
     parts = [source, repr(study), source_hash(), _stamp_of(bundled_dir(), content=True)]
     parts += [_stamp_of(data_dir() / name) for name in study.datasets
               if not study.uses_vectors(name)]
+    if "read_evidence" in str(source):  # it reads what the notebooks before it left
+        parts += [hashlib.sha256(left.read_bytes()).hexdigest()
+                  for folder in ("claims", "figures")
+                  for left in sorted((study.run_dir / folder).glob("[0-9][0-9]_*.[cj]s*"))
+                  if left.name[:2] < path.name[:2]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -200,8 +206,9 @@ def publish_figures(profile: str) -> list[Path]:
                                 f"PROFILE={profile} first.")
     target = REPOSITORY / "figures" / study.profile
     target.mkdir(parents=True, exist_ok=True)
-    for old in (*target.glob("*.png"), *target.glob("*.csv")):  # what an earlier run drew
-        old.unlink()
+    for kind in ("png", "csv"):
+        for old in target.glob(f"*.{kind}"):  # what an earlier run drew
+            old.unlink()
     # Sheets of images that are not ours to republish stay in runs/.
     chosen = [path for path in sorted(source.iterdir())
               if not path.stem.endswith("_local")]

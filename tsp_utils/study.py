@@ -8,9 +8,11 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from tsp_utils.claims import claim_of
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.feature_sets import (
     FeatureSet,
+    draw_rows,
     extract,
     load_images,
     load_vectors,
@@ -19,6 +21,10 @@ from tsp_utils.feature_sets import (
 )
 from tsp_utils.head_runs import HeadRuns, run_heads, run_kmeans
 from tsp_utils.paths import REPOSITORY, runs_dir
+
+CHOICES = {"protocol": ("split", "all"), "metric": ("cosine", "euclidean", "inner"),
+           "scaling": ("mean-norm", "raw", "l2"), "init": ("k-means", "random"),
+           "weighting": ("gaussian", "uniform")}
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,15 @@ class Study:
     min_steps: int = 2000  # so that a small set is trained as long as it needs
     batch_size: int = 256  # Sec. 4.2
     learning_rate: float = 1e-4  # Adam, Sec. 4.2
+    init: str = "k-means"  # of the head (Appendix A), or random
+    row_norm: float | None = None  # of its rows at the start; None: Appendix A's 1 / sqrt(D)
+    weighting: str = "gaussian"  # of the neighbours (Eq. 4), or uniform
+    n_hidden: int | None = None  # units of a hidden layer in the head; None: no such layer
+    n_fit: int | None = None  # so many of the fitted images, drawn once (C8 to C12); None: all
+    kmeans_only: tuple[str, ...] = ()  # backbones without heads in Table 1, as the paper's pixels
+    vit_and_resnet: tuple[str, ...] = ("vit_nano_cpu", "resnet_nano_cpu")  # of C1 and C5
+    larger_and_smaller: tuple[str, ...] = ("vit_nano_cpu", "vit_pico_cpu")  # of C4
+    full_seeds: bool = False  # verdicts with the seeds that docs/rules.md asks for, not n_seeds
     umap_points: int = 2000  # points of a map, chosen once by seed
 
     @property
@@ -52,10 +67,18 @@ class Study:
     def seeds(self) -> range:
         return range(self.n_seeds)
 
+    def claim_seeds(self, claim_id: str) -> int:
+        """Heads for a verdict: as many as `docs/rules.md` asks for, or the study's n_seeds."""
+        return claim_of(claim_id).n_head if self.full_seeds else self.n_seeds
+
     def cells(self) -> list[tuple[str, str]]:
         """The (dataset, backbone) pairs of the study; bundled vectors exist for networks only."""
         return [(dataset, backbone) for dataset in self.datasets for backbone in self.backbones
                 if not self.uses_vectors(dataset) or vectors_path(dataset, backbone).exists()]
+
+    def head_cells(self) -> list[tuple[str, str]]:
+        """The cells whose heads are trained for Table 1."""
+        return [cell for cell in self.cells() if cell[1] not in self.kmeans_only]
 
     def uses_vectors(self, dataset: str) -> bool:
         """Whether a target is there as bundled vectors only, without its images."""
@@ -84,8 +107,11 @@ class Study:
     def fit_and_score(self, dataset: str, backbone: str) -> tuple[FeatureSet, FeatureSet]:
         """Features that heads are fitted on, and those that they are scored on (the protocol)."""
         score = self.features(dataset, backbone, "test")
-        return (self.features(dataset, backbone, "train") if self.protocol == "split" else score,
-                score)
+        fit = self.features(dataset, backbone, "train") if self.protocol == "split" else score
+        if self.n_fit and self.n_fit < len(fit.labels):
+            rows = draw_rows(len(fit.labels), self.n_fit)
+            fit = replace(fit, features=fit.features[rows], labels=fit.labels[rows])
+        return fit, score
 
     def train(self, dataset: str, backbone: str, **changes) -> HeadRuns:
         """All seeds of one setting: K-means, then the head; read back if it was run before.
@@ -133,7 +159,7 @@ def load_study(profile: str = "offline") -> Study:
         key, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"The override {override!r} has no value; write {key}=VALUE.")
-        many = key in ("datasets", "backbones")
+        many = any(field.name == key and "tuple" in str(field.type) for field in fields(Study))
         settings[key] = value.split(",") if many else _read_yaml(value, f"the override {override}")
     known = {field.name: field for field in fields(Study) if field.name != "profile"}
     for key, value in settings.items():
@@ -172,7 +198,7 @@ def _checked(key: str, value, kind):
             if isinstance(value, str) or not value or not all(value):
                 raise TypeError
             return tuple(str(item) for item in value)
-        if key == "protocol" and value not in ("split", "all"):
+        if value not in CHOICES.get(key, (value,)):
             raise TypeError
         if value is None and "None" in text:
             return None
@@ -188,6 +214,7 @@ def _checked(key: str, value, kind):
     except (TypeError, ValueError, OverflowError):
         kinds = {"tuple": "names, with commas between", "bool": "true or false", "str": "a name",
                  "int": "a whole number of at least 1", "float": "a number of at least 0"}
-        wanted = {"protocol": "split or all", "min_steps": "a whole number of at least 0"}.get(
-            key, next(wanted for name, wanted in kinds.items() if name in text))
+        wanted = " or ".join(CHOICES.get(key, ())) or next(
+            wanted for name, wanted in kinds.items() if name in text)
+        wanted = "a whole number of at least 0" if key == "min_steps" else wanted
         raise ValueError(f"The setting {key} is {value!r}; pass {wanted}.") from None

@@ -1,0 +1,66 @@
+"""Other clusterers: scikit-learn's own results, the cache, and data on which each must win."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.cluster import KMeans
+
+from tsp_utils.baselines import KMEANS, MIXTURE, REDUCED, SPECTRAL, run_baseline
+from tsp_utils.feature_sets import FeatureSet
+from tsp_utils.metrics import clustering_metrics
+from tsp_utils.study import load_study
+
+
+def made_of(features, labels) -> FeatureSet:
+    return FeatureSet("made up", "test", "none", features.astype(np.float32), labels,
+                      tuple(map(str, range(labels.max() + 1))))
+
+
+@pytest.fixture(autouse=True)
+def own_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tsp_utils.study.runs_dir", lambda: tmp_path / "runs")
+
+
+STUDY = replace(load_study("tiny"), n_seeds=2)
+RNG = np.random.default_rng(0)
+LABELS = np.arange(400) % 2
+# Two long, thin clusters that cross: round cells cut both, full covariances follow each.
+STRIPES = made_of(RNG.normal(0, 1, (400, 2)) * np.float32([[6, 0.3], [0.3, 6]])[LABELS], LABELS)
+
+
+def test_a_mixture_follows_stretched_clusters_and_kmeans_does_not():
+    mixture = run_baseline(STUDY, STRIPES, STRIPES, MIXTURE)
+    round_cells = run_baseline(STUDY, STRIPES, STRIPES, KMEANS[0])
+    assert mixture["acc"].max() > 90 and round_cells["acc"].max() < 75
+
+
+def test_twenty_starts_are_scikit_learns_best():
+    scaled = STRIPES.features * np.float32(
+        np.sqrt(2) / np.linalg.norm(STRIPES.features, axis=1).mean())
+    table = run_baseline(STUDY, STRIPES, STRIPES, KMEANS[1])
+    for seed, acc in zip(table["seed"], table["acc"], strict=True):
+        run = KMeans(2, n_init=20, random_state=seed).fit(scaled)
+        assert acc == pytest.approx(100 * clustering_metrics(LABELS, run.labels_)["acc"])
+
+
+@pytest.mark.parametrize("method", [*KMEANS, MIXTURE, *REDUCED, SPECTRAL])
+def test_every_method_finds_separate_blobs_and_is_cached(method, monkeypatch):
+    blobs = made_of(np.eye(2, 40)[LABELS] * 9 + RNG.normal(0, 0.5, (400, 40)), LABELS)
+    table = run_baseline(STUDY, blobs, blobs, method)
+    assert table["acc"].tolist() == [100.0, 100.0] and set(table["method"]) == {method}
+    assert list(table["seed"]) == [0, 1] and set(table["scored"]) == {"test"}
+    monkeypatch.setattr("tsp_utils.baselines._clusters", None)  # any run would fail
+    assert run_baseline(STUDY, blobs, blobs, method).equals(table)
+
+
+def test_scored_on_other_images_than_fitted():
+    score = made_of(STRIPES.features[:100] + 0.01, LABELS[:100])
+    table = run_baseline(STUDY, STRIPES, score, KMEANS[3])
+    assert len(table) == 2 and table["acc"].between(50, 100).all()
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(ValueError, match="'DBSCAN' is not known; pass one of K-means, one start"):
+        run_baseline(STUDY, STRIPES, STRIPES, "DBSCAN")

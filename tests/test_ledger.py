@@ -1,0 +1,155 @@
+"""The ledger: every verdict can change with the evidence, and mixed evidence is refused."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import tsp_utils.ledger as ledger_module
+from tsp_utils.claims import CLAIMS, claim_of
+from tsp_utils.ledger import (
+    COLUMNS,
+    DECIDED,
+    Evidence,
+    combine,
+    ledger,
+    read_evidence,
+    save_evidence,
+    table_of,
+    to_markdown,
+)
+from tsp_utils.plots import plot_ledger
+
+NOISE = np.array([-1.0, -0.5, 0.0, 0.5, 1.0] * 2)
+WANTED = {  # verdict -> mean difference, as a function of the margin m, and the noise
+    "holds": (lambda m: m + 2, lambda m: 1), "does not hold": (lambda m: m - 3, lambda m: 1),
+    "inconclusive": (lambda m: m, lambda m: 3 * m + 5)}
+
+
+def cell(claim: str, wanted: str = "holds", name: str = "", **changes) -> Evidence:
+    """Evidence of a claim that has to lead to the verdict wanted."""
+    defaults = dict(claim=claim, cell=name, backbone="vit", target="cifar10", protocol="split",
+                    n_pretrain=1, n_head=10)
+    if wanted == "not tested":
+        return Evidence(**defaults | dict(unmet="no such network") | changes)
+    place, noise = WANTED[wanted]
+    m = claim_of(claim).margin
+    d = tuple(place(m) + noise(m) * NOISE)
+    if claim == "C9":
+        means = {"holds": 0.0, "does not hold": 4.0, "inconclusive": 1.9}[wanted]
+        return Evidence(**defaults | dict(by_k={k: tuple(means + NOISE) for k in
+                                                (5, 10, 15, 25, 30)}) | changes)
+    falls = tuple(5 + NOISE) if claim == "C7" else None
+    return Evidence(**defaults | dict(acc=d, nmi=d, ari=d, falls=falls) | changes)
+
+
+@pytest.mark.parametrize("verdict", ["holds", "does not hold", "inconclusive", "not tested"])
+@pytest.mark.parametrize("claim", [claim.id for claim in CLAIMS])
+def test_every_claim_can_reach_every_verdict(claim, verdict):
+    table = ledger([cell(claim, verdict)])
+    row = table[table["id"] == claim].iloc[0]
+    assert row["verdict"] == verdict
+    assert list(table.columns) == list(COLUMNS) and len(table) == len(CLAIMS)
+    others = table[table["id"] != claim]
+    assert (others["verdict"] == "not tested").all() and (others["qualifier"] != "").all()
+
+
+@pytest.mark.parametrize(("verdicts", "expected"), [
+    (["holds", "holds"], "holds"), (["holds", "inconclusive"], "inconclusive"),
+    (["holds", "does not hold"], "does not hold"), (["not tested", "not tested"], "not tested")])
+def test_c1_wants_both_metrics(verdicts, expected):
+    cells = [cell("C1", v, name) for v, name in zip(verdicts, ("inner", "cosine"), strict=True)]
+    assert combine(claim_of("C1"), cells).verdict == expected
+
+
+@pytest.mark.parametrize(("verdicts", "expected"), [
+    (["holds", "holds", "inconclusive"], "holds"),
+    (["holds", "inconclusive", "inconclusive"], "inconclusive"),
+    (["holds", "small gain", "small gain"], "does not hold"),
+    (["holds", "holds", "does not hold"], "does not hold")])  # reversed in one
+def test_c3_wants_a_majority_and_no_reversal(verdicts, expected):
+    small = tuple(0.5 + 0.1 * NOISE)  # above 0 and below the margin: lost, and not reversed
+    cells = [cell("C3", acc=small, nmi=small, ari=small) if v == "small gain" else cell("C3", v)
+             for v in verdicts]
+    found = combine(claim_of("C3"), cells)
+    assert found.verdict == expected and "of 3 cells" in found.qualifier
+
+
+def test_c6_is_decided_at_equal_images_and_says_when_the_budget_turns_it():
+    images, epochs = cell("C6", "does not hold", "images"), cell("C6", "holds", "epochs")
+    found = combine(claim_of("C6"), [images, epochs])
+    assert found.verdict == "does not hold"
+    assert "depends on budget" in found.qualifier and "pair of networks" in found.qualifier
+    same = combine(claim_of("C6"), [cell("C6", name="images"), cell("C6", name="epochs")])
+    assert same.verdict == "holds" and "depends on budget" not in same.qualifier
+
+
+def test_c7_wants_both_rates_or_says_which_and_consistency_has_to_fall():
+    both = combine(claim_of("C7"), [cell("C7", name="1e-4"), cell("C7", name="1e-5")])
+    assert both.verdict == "holds" and "only" not in both.qualifier
+    one = combine(claim_of("C7"), [cell("C7", name="1e-4"), cell("C7", "inconclusive", "1e-5")])
+    assert one.verdict == "holds" and "at 1e-4 only" in one.qualifier
+    rises = cell("C7", falls=tuple(-5 + NOISE))
+    assert rises.verdict.verdict == "does not hold" and "does not" in rises.verdict.qualifier
+    assert cell("C7", falls=tuple(5 * NOISE)).verdict.verdict == "inconclusive"
+    assert combine(claim_of("C7"), [rises, rises]).verdict == "does not hold"
+
+
+def test_the_papers_own_networks_are_the_same_claim():
+    rows = ledger([cell("C12", backbone="dino_vits16")]).set_index("id")
+    assert rows.loc["C12", "scope"] == "same claim"
+    assert rows.loc["C3", "scope"] == "analogue at 32 px"
+
+
+@pytest.fixture
+def study(tmp_path):
+    return SimpleNamespace(profile="made up", run_dir=tmp_path)
+
+
+def test_evidence_comes_back_as_it_was_left(study):
+    cells = [cell("C9"), cell("C7", name="1e-4"), cell("C2", interval=(3.0, 4.0))]
+    table = save_evidence(study, "04", cells)
+    found = read_evidence(study)
+    assert [c.claim for c in found] == ["C2", "C7", "C9"]
+    assert {c.claim: c.verdict for c in found} == {c.claim: c.verdict for c in cells}
+    assert list(table["id"]) == ["C9", "C7", "C2"] and table["p_holm"].notna().all()
+    pd.testing.assert_frame_equal(ledger(found), ledger(cells))
+
+
+def test_evidence_of_other_settings_or_sources_is_named_and_refused(study, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="run make reproduce PROFILE=made up first"):
+        read_evidence(study)
+    save_evidence(study, "04", [cell("C9")])
+    save_evidence(study, "05", [cell("C8")])
+    path = study.run_dir / "claims" / "05_C8_0.json"
+    record = json.loads(path.read_text())
+    record["stamp"]["study"] = "another study"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"05_C8_0\.json; run make reproduce"):
+        read_evidence(study)
+    path.unlink()
+    assert len(read_evidence(study)) == 1
+    monkeypatch.setattr(ledger_module, "source_hash", lambda: "other sources")
+    with pytest.raises(ValueError, match=r"04_C9_0\.json"):
+        read_evidence(study)
+
+
+def test_markdown_and_figure_show_every_claim():
+    import matplotlib.pyplot as plt
+
+    table = ledger([cell("C8"), cell("C10", "inconclusive"), cell("C12", "does not hold")])
+    text = to_markdown(table)
+    assert text.count("\n") == len(CLAIMS) + 2
+    assert "| 1 x 10 | +4.00 [+3.47, +4.53] |" in text and "**not tested**" in text
+    assert set(DECIDED) <= set(table["verdict"])
+    ax = plot_ledger(table, plt.figure().gca())
+    assert [label.get_text() for label in ax.get_yticklabels()] == [c.id for c in CLAIMS]
+    plt.close("all")
+
+
+def test_holm_is_over_the_cells():
+    cells = [cell("C12"), cell("C8"), cell("C10", "inconclusive")]
+    table = table_of(cells)
+    assert (table["p_holm"] >= table["p"]).all() and len(table) == 3

@@ -1,0 +1,71 @@
+"""Other clusterers on the same features, by scikit-learn: what claims C3 and C11 compare with."""
+
+import joblib
+import numpy as np
+import pandas as pd
+from sklearn.cluster import KMeans, SpectralClustering
+from sklearn.decomposition import PCA
+from sklearn.mixture import GaussianMixture
+
+from tsp_utils.feature_sets import FeatureSet
+from tsp_utils.head_runs import (
+    cached_arrays,
+    scalar_between,
+    score_clusters,
+    settings_of,
+    source_hash,
+)
+from tsp_utils.heads import scale_features
+
+# C3 wants the strongest of these; one start is what starts the head.
+KMEANS = ("K-means, one start", "K-means, 20 starts", "K-means, unit length",
+          "K-means, standardised")
+MIXTURE = "Gaussian mixture, full covariances"
+REDUCED = ("K-means, 32 principal axes", "Gaussian mixture, 32 principal axes")
+SPECTRAL = "spectral, 20 neighbours"
+
+
+def run_baseline(study, fit: FeatureSet, score: FeatureSet, method: str) -> pd.DataFrame:
+    """Clusters of `score` by one fitted on `fit`, a run a seed, in `HeadRuns.table`'s form.
+
+    The mixture and the spectral clusters are of the fitted images: they need protocol `all`.
+    Raises ValueError for an unknown method.
+    """
+    if method not in (*KMEANS, MIXTURE, *REDUCED, SPECTRAL):
+        raise ValueError(f"The clusterer {method!r} is not known; pass one of "
+                         f"{', '.join((*KMEANS, MIXTURE, *REDUCED, SPECTRAL))}.")
+    settings = settings_of(study, fit) | dict(method=method, score=score.fingerprint,
+                                              clusterers=source_hash(("baselines",)))
+    needed = ("n_seeds", "dataset", "backbone", "n_clusters", "fit", "sources", "method", "score",
+              "clusterers")
+
+    def make() -> dict:
+        fitted = scale_features(fit.features)
+        scored = score.features * np.float32(scalar_between(fit.features, fitted))
+        with joblib.parallel_config("loky", inner_max_num_threads=1):
+            return {"clusters": np.stack(joblib.Parallel(n_jobs=joblib.cpu_count())(
+                joblib.delayed(_clusters)(method, fitted, scored, settings["n_clusters"], seed)
+                for seed in study.seeds)).astype(np.int16)}
+
+    clusters = cached_arrays(fit, {name: settings[name] for name in needed}, "clusters", make)
+    return score_clusters(study, fit, score, {method: lambda _: clusters["clusters"]},
+                          only="test")
+
+
+def _clusters(method: str, fitted, scored, n_clusters: int, seed: int) -> np.ndarray:
+    """Clusters [N] of the scored vectors by one run; both float32 [N, D]."""
+    if method == SPECTRAL:
+        return SpectralClustering(n_clusters, affinity="nearest_neighbors", n_neighbors=20,
+                                  random_state=seed).fit_predict(fitted)
+    if "unit length" in method:
+        fitted, scored = scale_features(fitted, "l2"), scale_features(scored, "l2")
+    if "standardised" in method:
+        mean, std = fitted.mean(0), fitted.std(0)
+        fitted, scored = ((x - mean) / np.where(std > 0, std, 1) for x in (fitted, scored))
+    if method in REDUCED:
+        axes = PCA(min(32, fitted.shape[1]), random_state=0).fit(fitted)
+        fitted, scored = axes.transform(fitted), axes.transform(scored)
+    if "mixture" in method:
+        return GaussianMixture(n_clusters, random_state=seed).fit(fitted).predict(scored)
+    starts = 20 if "20 starts" in method else 1
+    return KMeans(n_clusters, n_init=starts, random_state=seed).fit(fitted).predict(scored)

@@ -1,0 +1,110 @@
+"""The full runs of claim C7: fine-tuning against the frozen arm, five seeds, two learning rates.
+
+Labels are read by the read-outs alone. Notebook 06 draws the committed records.
+"""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from tsp_utils.arms import attention, hardware
+from tsp_utils.backbones import load_backbone
+from tsp_utils.datasets import ImageDataset, load_dataset
+from tsp_utils.dictionary_arms import stored_record
+from tsp_utils.feature_sets import draw_rows
+from tsp_utils.features import extract_features
+from tsp_utils.finetune import finetune
+from tsp_utils.head_runs import CORE, scalar_between, source_hash, versions
+from tsp_utils.heads import LinearHeads, init_heads, kmeans, scale_features, train_heads
+from tsp_utils.metrics import clustering_metrics
+from tsp_utils.neighbors import label_consistency, nearest_neighbors
+from tsp_utils.paths import bundled_dir, runs_dir
+
+logger = logging.getLogger(__name__)
+
+N_IMAGES, N_SEEDS, MAP_POINTS = 10_000, 5, 2_000
+# Each run: how many seeds, what differs from `finetune`'s defaults.
+VARIANTS = {
+    "frozen": (3, dict(trained="nothing")),
+    "1e-4": (3, dict(learning_rate=1e-4)),
+    "1e-5": (3, dict(learning_rate=1e-5)),
+    "1e-4, last block only": (1, dict(learning_rate=1e-4, trained="last block")),
+}
+
+
+def records_path() -> Path:
+    return bundled_dir() / "readouts" / "finetuning.json"
+
+
+def map_path() -> Path:
+    return bundled_dir() / "readouts" / "finetuning_map.safetensors"
+
+
+def run_finetuning(backbone_name: str = "vit_nano_cpu") -> Path:
+    """Fine-tune from the same starting heads, every variant and seed; returns the records' path.
+
+    Needs CIFAR-10; about forty minutes on one core, resumed run by run. 10,000 images drawn once
+    from CIFAR-10's train split, scored on all of test before and after each of three epochs.
+    """
+    with attention(fused=torch.cuda.is_available()):
+        backbone = load_backbone(backbone_name)
+    target, test = load_dataset("cifar10", "train"), load_dataset("cifar10", "test")
+    target = target.subset(draw_rows(len(target), N_IMAGES))
+    features = extract_features(backbone, target.images, progress=False)
+    scaled = scale_features(features)
+    scale = scalar_between(features, scaled)
+    starts = _starting_heads(scaled, len(target.classes))
+    records, code = [], source_hash((*CORE, "finetune"))
+    for variant, (n_seeds, options) in VARIANTS.items():
+        for seed in range(n_seeds):
+            path = runs_dir() / "finetuning" / f"{variant}_{seed}.json".replace(" ", "")
+            wanted = {"variant": variant, "seed": seed, "backbone": backbone_name,
+                      "target": "cifar10", "n_images": N_IMAGES, "options": options, "code": code}
+            record = stored_record(path, wanted)
+            if record is None:
+                record = wanted | _run(backbone, starts, seed, target.images, test, scale, options,
+                                       keep_map=variant == "1e-4" and seed == 0)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.with_suffix(".partial").write_text(json.dumps(record))
+                os.replace(path.with_suffix(".partial"), path)
+                logger.info("%s, seed %d: %s", variant, seed, record["epochs"][-1])
+            records.append(record)
+    records_path().write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
+    return records_path()
+
+
+def _starting_heads(scaled, n_clusters: int) -> LinearHeads:
+    """The heads of the frozen features, trained in full: every variant starts from these."""
+    seeds = range(N_SEEDS)
+    heads = init_heads(scaled, n_clusters, seeds, centers=kmeans(scaled, n_clusters, seeds).centers)
+    train_heads(heads, scaled, nearest_neighbors(scaled, 20), progress=False)
+    return heads
+
+
+def _run(backbone, starts, seed, images, test: ImageDataset, scale, options, keep_map) -> dict:
+    head = LinearHeads(starts.weight[seed : seed + 1].detach(), [seed])
+    head.bias.data = starts.bias[seed : seed + 1].detach().clone()
+    epochs, chosen = [], draw_rows(len(test), MAP_POINTS)
+    vectors = {}
+
+    def read_out(epoch, network, head):
+        x = extract_features(network, test.images, progress=False) * np.float32(scale)
+        clusters = head.predict(x)[0]
+        consistency = label_consistency(nearest_neighbors(x, 20), test.labels)[-1]
+        scores = clustering_metrics(test.labels, clusters) | {"consistency": float(consistency)}
+        epochs.append({"epoch": epoch, "n_nonempty": len(set(clusters.tolist()))}
+                      | {name: round(100 * value, 3) for name, value in scores.items()})
+        vectors["before" if epoch == 0 else "after"] = x[chosen].astype(np.float16)
+
+    start = time.perf_counter()
+    finetune(backbone, head, images, scale=scale, callback=read_out, **options)
+    if keep_map:
+        save_file(vectors | {"labels": test.labels[chosen].astype(np.uint8)}, map_path())
+    return {"epochs": epochs, "seconds": round(time.perf_counter() - start, 1),
+            "hardware": hardware(backbone.device.type), "versions": versions()}

@@ -1,0 +1,217 @@
+"""The ledger: what the notebooks measured for each claim, and the verdicts that follow.
+
+A notebook leaves `Evidence` (paired differences, no verdict) in runs/<profile>/claims/; `ledger`
+reads that alone and applies the rules of `claims.py`.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from tsp_utils.claims import (
+    CLAIMS,
+    Claim,
+    Verdict,
+    claim_of,
+    decide,
+    decide_equivalence,
+    holm,
+    t_interval,
+)
+from tsp_utils.head_runs import source_hash
+
+COLUMNS = ("id", "scope", "quantity", "backbone", "target", "protocol", "n_pretrain", "n_head",
+           "mean", "low", "high", "p", "rule", "verdict", "qualifier")
+DECIDED = ("holds", "does not hold")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Measured for one cell of one claim: paired differences in points, as `decide` takes them."""
+
+    claim: str  # its id
+    cell: str  # what was compared, in words; the claim's first cell is its primary one
+    backbone: str
+    target: str
+    protocol: str
+    n_pretrain: int  # networks an arm
+    n_head: int  # heads a network; 0 where no head is involved
+    acc: tuple = ()  # [n]; C1, C2 and C5: of label consistency
+    nmi: tuple | None = None
+    ari: tuple | None = None
+    by_k: dict | None = None  # C9: {K: [n]}
+    falls: tuple | None = None  # C7: consistency before - after, which must be above 0 as well
+    interval: tuple | None = None  # in place of t's
+    unmet: str = ""  # a precondition that failed, named
+    note: str = ""  # for the reader, behind the verdict
+    order: int = 0  # of the cells of a claim
+
+    @property
+    def verdict(self) -> Verdict:
+        """By `docs/rules.md`, of this cell alone."""
+        claim = claim_of(self.claim)
+        if self.by_k is not None:
+            return decide_equivalence({int(k): d for k, d in self.by_k.items()}, claim.margin)
+        found = decide(self.acc, claim.margin, nmi=self.nmi, ari=self.ari, unit=claim.unit,
+                       n_pretrain=self.n_pretrain, interval=self.interval, unmet=self.unmet)
+        if self.falls is None or found.verdict != "holds":
+            return found
+        _, low, high = t_interval(self.falls)
+        if low > 0:
+            return found
+        return replace(found, verdict="does not hold" if high < 0 else "inconclusive",
+                       qualifier="ACC falls, and label consistency does not")
+
+
+def save_evidence(study, notebook: str, cells: Sequence[Evidence]) -> pd.DataFrame:
+    """Leave a notebook's evidence for the ledger; returns the cells with their verdicts."""
+    folder = study.run_dir / "claims"
+    folder.mkdir(parents=True, exist_ok=True)
+    for order, cell in enumerate(cells):
+        name = re.sub(r"[^\w]+", "-", f"{notebook}_{cell.claim}_{order}").strip("-")
+        record = {"stamp": _stamp(study), **asdict(replace(cell, order=order))}
+        partial = folder / f"{name}.partial"
+        partial.write_text(json.dumps(record))
+        partial.replace(folder / f"{name}.json")
+    return table_of(cells)
+
+
+def read_evidence(study) -> list[Evidence]:
+    """All evidence of a profile's run, in the order of the claims.
+
+    Raises FileNotFoundError where there is none, ValueError naming evidence of other settings or
+    library sources than this study's: a ledger is of one study.
+    """
+    paths = sorted((study.run_dir / "claims").glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(f"There is no evidence of {study.profile} yet; run make reproduce "
+                                f"PROFILE={study.profile.partition('+')[0]} first.")
+    records = {path: json.loads(path.read_text()) for path in paths}
+    mixed = [path.name for path, record in records.items() if record["stamp"] != _stamp(study)]
+    if mixed:
+        raise ValueError(f"Evidence of other settings or other library sources lies in "
+                         f"{study.profile}: {', '.join(mixed)}; run make reproduce "
+                         f"PROFILE={study.profile.partition('+')[0]} again.")
+    cells = [Evidence(**{key: value for key, value in record.items() if key != "stamp"})
+             for record in records.values()]
+    return sorted(cells, key=lambda cell: (int(cell.claim[1:]), cell.order))
+
+
+def _stamp(study) -> dict:
+    return {"study": repr(study), "sources": source_hash()}
+
+
+def table_of(cells: Sequence[Evidence]) -> pd.DataFrame:
+    """One row a cell, with its verdict and Holm's p over the cells."""
+    rows = []
+    for cell in cells:
+        verdict, claim = cell.verdict, claim_of(cell.claim)
+        rows.append(_row(claim, cell, verdict) | {"cell": cell.cell, "n": verdict.n})
+    table = pd.DataFrame(rows, columns=["id", "cell", *COLUMNS[1:-3], "n", *COLUMNS[-3:]])
+    table.insert(table.columns.get_loc("p") + 1, "p_holm", holm(table["p"]))
+    return table
+
+
+def ledger(cells: Sequence[Evidence]) -> pd.DataFrame:
+    """C0 to C12, one row each, from the evidence of one profile's run; columns COLUMNS."""
+    rows = []
+    for claim in CLAIMS:
+        own = [cell for cell in cells if cell.claim == claim.id]
+        if own:
+            rows.append(_row(claim, own[0], combine(claim, own)))
+        else:
+            missing = Evidence(claim.id, "", "", "", "", 0, 0, unmet=NOT_MEASURED.get(
+                claim.id, "no notebook of this profile measured it"))
+            rows.append(_row(claim, missing, missing.verdict))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+NOT_MEASURED = {
+    "C0": "only in `paper`, with the official networks at 224 px",
+    "C11": "only in `small`: mixtures with full covariances of all dimensions take minutes",
+}
+
+
+def combine(claim: Claim, cells: Sequence[Evidence]) -> Verdict:
+    """One verdict from a claim's cells, by its row in `docs/rules.md`; numbers of the first cell
+    (C0, C1: of the one that decides).
+
+    C0, C1: every cell must hold. C3: more than half, and none reversed. C7: both learning rates,
+    or "at ... only". C6: the first cell decides, and the other budget qualifies. Others: the first.
+    """
+    verdicts = [cell.verdict for cell in cells]
+    first, found = verdicts[0], [verdict.verdict for verdict in verdicts]
+    notes = [note for note in (first.qualifier, cells[0].note) if note]
+    outcome = first.verdict
+    tested = [verdict for verdict in found if verdict != "not tested"]
+    if claim.id in ("C0", "C1") and len(tested) == len(found):
+        outcome = ("holds" if set(found) == {"holds"} else
+                   "does not hold" if "does not hold" in found else "inconclusive")
+        notes = [f"{cell.cell}: {verdict.verdict}, {verdict.mean:+.1f}"
+                 for cell, verdict in zip(cells, verdicts, strict=True)]
+        notes += ["for this pair of networks"] if claim.unit == "backbone" else []
+        first = verdicts[found.index(outcome)]  # the cell that decides lends its numbers
+    elif claim.id == "C3" and tested:
+        won = found.count("holds")
+        lost = sum("reversed" in verdict.qualifier for verdict in verdicts)
+        undecided = found.count("inconclusive")
+        outcome = ("holds" if won > len(tested) / 2 and not lost else
+                   "does not hold" if lost or won + undecided <= len(tested) / 2 else
+                   "inconclusive")
+        notes = [f"holds in {won} of {len(tested)} cells, reversed in {lost}", cells[0].note]
+    elif claim.id == "C7" and tested:
+        at = [cell.cell for cell, verdict in zip(cells, found, strict=True) if verdict == "holds"]
+        if at:
+            outcome = "holds"
+            notes = [] if len(at) == len(found) else [f"at {', '.join(at)} only"]
+        else:
+            outcome = "does not hold" if set(tested) == {"does not hold"} else "inconclusive"
+            notes = [f"{cell.cell}: {verdict.verdict}, {verdict.mean:+.1f}"
+                     for cell, verdict in zip(cells, verdicts, strict=True)]
+        notes.append(cells[0].note)
+    elif claim.id == "C6":
+        signs = {np.sign(verdict.mean) for cell, verdict in zip(cells, verdicts, strict=True)
+                 if cell.backbone == cells[0].backbone and np.isfinite(verdict.mean)}
+        notes += ["depends on budget"] if len(signs) > 1 else []
+        notes += [f"{cell.cell}: {verdict.verdict}, {verdict.mean:+.1f}"
+                  for cell, verdict in zip(cells[1:], verdicts[1:], strict=True)]
+    return replace(first, verdict=outcome, qualifier="; ".join(note for note in notes if note))
+
+
+def _row(claim: Claim, cell: Evidence, verdict: Verdict) -> dict:
+    same = cell.backbone.startswith("dino_")  # the paper's own networks
+    return {
+        "id": claim.id, "scope": "same claim" if same else claim.scope, "quantity": claim.quantity,
+        "backbone": cell.backbone, "target": cell.target, "protocol": cell.protocol,
+        "n_pretrain": cell.n_pretrain, "n_head": cell.n_head, "mean": verdict.mean,
+        "low": verdict.low, "high": verdict.high, "p": verdict.p,
+        "rule": f"m = {claim.margin:g}; {claim.decides}", "verdict": verdict.verdict,
+        "qualifier": verdict.qualifier,
+    }
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """The ledger as a Markdown table for reading: claim, quantity, what was measured, verdict."""
+    lines = ["| claim | d, in points | backbone, target, protocol | n | mean [95 %] | p (Holm) | "
+             "verdict |", "|---|---|---|---|---|---|---|"]
+    for (_, row), adjusted in zip(table.iterrows(), holm(table["p"]), strict=True):
+        claim = claim_of(row["id"])
+        tested = np.isfinite(row["mean"])
+        numbers = f"{row['mean']:+.2f}"
+        numbers += f" [{row['low']:+.2f}, {row['high']:+.2f}]" if np.isfinite(row["low"]) else ""
+        p = f"{_p(row['p'])} ({_p(adjusted)})" if np.isfinite(row["p"]) else ""
+        where = ", ".join(filter(None, (f"`{row['backbone']}`" if row["backbone"] else "",
+                                        row["target"], row["protocol"])))
+        n = f"{row['n_pretrain']} x {row['n_head']}" if row["n_pretrain"] else ""
+        verdict = f"**{row['verdict']}**" + (f": {row['qualifier']}" if row["qualifier"] else "")
+        lines.append(f"| {row['id']}. {claim.claim} | {row['quantity']}; m = {claim.margin:g} | "
+                     f"{where} | {n} | {numbers if tested else ''} | {p} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
