@@ -14,6 +14,9 @@ for name in ("TSP_DATA", "TSP_CACHE"):
         os.environ[name] = os.path.abspath(os.environ[name])
 paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
+# nbval reads a cell's messages when the cell has ended, and only the first thousand are kept for
+# it: bars that move ten times a second would push out the message that says "done".
+os.environ.setdefault("TQDM_MININTERVAL", "5")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pytest
 from scipy import stats
 
 import tsp_utils.__main__ as command
-import tsp_utils.against_paper as against_paper
 from tsp_utils.against_paper import compare, table_1, welch_interval
 from tsp_utils.head_runs import CORE, source_hash
 from tsp_utils.published import TABLE_1
@@ -82,7 +81,3 @@ def test_missing_and_stale_records_are_named(study):
     leave_record(study, sources="older")
     with pytest.raises(ValueError, match="dino_vits16 on cifar10 are of other library sources"):
         table_1(study)
-
-
-def test_other_backbones_have_no_row():
-    assert against_paper.ROWS.get("patch_kmeans") is None

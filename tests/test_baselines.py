@@ -64,3 +64,8 @@ def test_scored_on_other_images_than_fitted():
 def test_an_unknown_method_is_named():
     with pytest.raises(ValueError, match="'DBSCAN' is not known; pass one of K-means, one start"):
         run_baseline(STUDY, STRIPES, STRIPES, "DBSCAN")
+
+
+def test_spectral_clustering_of_other_images_than_fitted_is_refused():
+    with pytest.raises(ValueError, match="only clusters the images that it is fitted on"):
+        run_baseline(STUDY, STRIPES, made_of(STRIPES.features[:100] + 0.01, LABELS[:100]), SPECTRAL)

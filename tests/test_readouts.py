@@ -11,7 +11,7 @@ from tsp_utils.arms import ARMS
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.dictionary_arms import DICTIONARY_ARMS, learn_dictionary_arms
 from tsp_utils.feature_sets import FeatureSet
-from tsp_utils.readouts import read_out
+from tsp_utils.readouts import balanced_rows, read_out, small_pool_consistency
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,3 +81,16 @@ def test_the_arms_have_the_ratios_of_the_rules():
         assert fewer == 1 and (arm.n_images or {"tinyimagenet32": 100_000, "cifar10": 50_000}[
             arm.data[0]]) == n_images
     assert DICTIONARY_ARMS["target 4,000, equal epochs"] == (DICTIONARY_ARMS["target 4,000"][0], 25)
+
+
+def test_small_pools_are_balanced_and_their_consistency_is_scikit_learns():
+    found = blobs(spread=3)
+    rows = balanced_rows(found.labels, seed=4)
+    assert np.bincount(found.labels[rows]).tolist() == [50, 50, 50] and len(set(rows)) == 150
+    shares = small_pool_consistency(found)
+    index = NearestNeighbors(n_neighbors=21, metric="cosine").fit(found.features[rows])
+    near = index.kneighbors(found.features[rows], return_distance=False)[:, 1:]
+    labels = found.labels[rows]
+    assert shares[4] == pytest.approx(100 * (labels[near] == labels[:, None]).mean(), abs=0.01)
+    pool = FeatureSet("pool", "val", "made up", found.features[rows], labels, found.classes)
+    assert small_pool_consistency(pool) == pytest.approx([shares[4]])

@@ -9,8 +9,10 @@ from scipy import stats
 from tsp_utils.head_runs import CORE, source_hash, summarise
 from tsp_utils.published import TABLE_1
 
-ROWS = {"dino_resnet50": "TSP-ResNet", "dino_vits16": "TSP-ViT1", "dino_vitb16": "TSP-ViT2"}
-KMEANS_ROW = ("dino_vits16", "TSP K-means")  # the paper does not say of which backbone it is
+ROWS = {
+    "K-means": {"dino_vits16": "TSP K-means"},  # the paper does not say of which backbone it is
+    "head": {"dino_resnet50": "TSP-ResNet", "dino_vits16": "TSP-ViT1", "dino_vitb16": "TSP-ViT2"},
+}
 
 
 def welch_interval(mean, std, n, other_mean, other_std, other_n, level=0.95):
@@ -60,8 +62,7 @@ def compare(study) -> pd.DataFrame:
     rows = []
     for stage, method in (("K-means", "k-means"), ("head", "head")):
         for _, row in ours[ours["method"] == method].iterrows():
-            name = ROWS.get(row["backbone"]) if stage == "head" else dict(
-                [KMEANS_ROW]).get(row["backbone"])
+            name = ROWS[stage].get(row["backbone"])
             paper = next((p for p in TABLE_1 if (p.method, p.dataset) == (name, row["dataset"])),
                          None)
             if paper is None:

@@ -18,14 +18,14 @@ import numpy as np
 import timm.layers
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
 from tsp_utils.datasets import load_dataset
 from tsp_utils.feature_sets import draw_rows, spread_rows
 from tsp_utils.head_runs import source_hash, versions
 from tsp_utils.neighbors import knn_accuracy
-from tsp_utils.paths import runs_dir
+from tsp_utils.paths import runs_dir, write_whole
 from tsp_utils.pretrain import Dino, DinoRecipe, pretrain_dino
 
 logger = logging.getLogger(__name__)
@@ -238,9 +238,8 @@ def save_backbone(run: Dino, path: Path) -> None:
     """The teacher's backbone in fp16, as `load_backbone` reads it."""
     state = {key: value.half() if value.is_floating_point() else value
              for key, value in run.teacher.backbone.state_dict().items()}
-    partial = path.with_suffix(".partial")
-    save_file({key: value.contiguous().cpu() for key, value in state.items()}, partial)
-    os.replace(partial, path)
+    state = {key: value.contiguous().cpu() for key, value in state.items()}
+    write_whole(path, lambda file: file.write(save(state)))
 
 
 def hardware(device: str) -> str:

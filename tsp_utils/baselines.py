@@ -28,12 +28,15 @@ SPECTRAL = "spectral, 20 neighbours"
 def run_baseline(study, fit: FeatureSet, score: FeatureSet, method: str) -> pd.DataFrame:
     """Clusters of `score` by one fitted on `fit`, a run a seed, in `HeadRuns.table`'s form.
 
-    The mixture and the spectral clusters are of the fitted images: they need protocol `all`.
-    Raises ValueError for an unknown method.
+    Raises ValueError for an unknown method, and for spectral clustering, which cannot place images
+    that it was not fitted on, where `score` is another feature set than `fit`.
     """
     if method not in (*KMEANS, MIXTURE, *REDUCED, SPECTRAL):
         raise ValueError(f"The clusterer {method!r} is not known; pass one of "
                          f"{', '.join((*KMEANS, MIXTURE, *REDUCED, SPECTRAL))}.")
+    if method == SPECTRAL and score.fingerprint != fit.fingerprint:
+        raise ValueError("Spectral clustering only clusters the images that it is fitted on; pass "
+                         "the same feature set as fit and score.")
     settings = settings_of(study, fit) | dict(method=method, score=score.fingerprint,
                                               clusterers=source_hash(("baselines",)))
     needed = ("n_seeds", "dataset", "backbone", "n_clusters", "fit", "sources", "method", "score",

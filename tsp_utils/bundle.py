@@ -19,7 +19,7 @@ from tsp_utils.head_runs import versions
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.patch_kmeans import learn_patch_kmeans
 from tsp_utils.paths import bundled_dir, runs_dir
-from tsp_utils.readouts import read_out
+from tsp_utils.readouts import read_out, small_pool_consistency
 
 PRETRAINED = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k", "vit_pico_cpu", "resnet_nano_cpu")
 VECTOR_BACKBONES = ("vit_mini_random", "patch_kmeans", *PRETRAINED)
@@ -82,11 +82,17 @@ def bundle_backbone(name: str) -> Path:
 def _write_readouts(name: str, folder: Path) -> Path:
     """What the arm's checkpoints are worth on CIFAR-10's test images, as committed records."""
     like = max((known for known in BACKBONES if name.startswith(known)), key=len)
-    target = load_dataset("cifar10", "test")
-    records = [{"backbone": name, "checkpoint": mark} | read_out(FeatureSet(
-        "cifar10", "test", f"{name} {mark}",
-        cached_features(load_backbone(like, checkpoint=folder / f"{mark}.safetensors"), target),
-        target.labels, target.classes)) for mark in ("quarter", "half", "final")]
+    target, source = load_dataset("cifar10", "test"), load_dataset("tinyimagenet32", "val")
+    inside, records = source.subset(np.isin(source.labels, C5_CLASSES)), []
+    for mark in ("quarter", "half", "final"):
+        network = load_backbone(like, checkpoint=folder / f"{mark}.safetensors")
+        shifted, home = (FeatureSet(images.name, images.split, f"{name} {mark}",
+                                    cached_features(network, images), images.labels, images.classes)
+                         for images in (target, inside))
+        records.append({"backbone": name, "checkpoint": mark} | read_out(shifted) | {
+            "consistency@20 within 500 images": {
+                where: round(float(small_pool_consistency(found).mean()), 3)
+                for where, found in (("tinyimagenet32 val", home), ("cifar10 test", shifted))}})
     out = bundled_dir() / "readouts" / f"{name}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")

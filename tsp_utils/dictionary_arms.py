@@ -5,7 +5,6 @@ Many pretraining seeds an arm, at equal patches seen. Labels are read by the rea
 
 import json
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from tsp_utils.feature_sets import FeatureSet
 from tsp_utils.features import extract_features
 from tsp_utils.head_runs import CORE, source_hash, versions
 from tsp_utils.patch_kmeans import learn_patch_kmeans
-from tsp_utils.paths import bundled_dir, runs_dir
+from tsp_utils.paths import bundled_dir, runs_dir, write_json
 from tsp_utils.readouts import read_out
 
 logger = logging.getLogger(__name__)
@@ -68,10 +67,7 @@ def learn_dictionary_arms(n_seeds: int = 10, n_heads: int = 5) -> Path:
                 record = wanted | read_out(found, n_heads) | {
                     "seconds": round(time.perf_counter() - start, 1), "hardware": hardware("cpu"),
                     "versions": versions()}
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(record))
-                os.replace(partial, path)
+                write_json(path, record)
                 logger.info("%s, seed %d: %.1f s", name, seed, record["seconds"])
             records.append(record)
     out = readouts_path()

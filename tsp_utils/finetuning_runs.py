@@ -5,7 +5,6 @@ Labels are read by the read-outs alone. Notebook 06 draws the committed records.
 
 import json
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -24,17 +23,20 @@ from tsp_utils.head_runs import CORE, scalar_between, source_hash, versions
 from tsp_utils.heads import LinearHeads, init_heads, kmeans, scale_features, train_heads
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.neighbors import label_consistency, nearest_neighbors
-from tsp_utils.paths import bundled_dir, runs_dir
+from tsp_utils.paths import bundled_dir, runs_dir, write_json
 
 logger = logging.getLogger(__name__)
 
 N_IMAGES, N_SEEDS, MAP_POINTS = 10_000, 5, 2_000
+SOURCE_TOO = "1e-4, source images too"  # as many source images as target images, mixed in
 # Each run: how many seeds, what differs from `finetune`'s defaults.
 VARIANTS = {
-    "frozen": (3, dict(trained="nothing")),
-    "1e-4": (3, dict(learning_rate=1e-4)),
-    "1e-5": (3, dict(learning_rate=1e-5)),
+    "frozen": (5, dict(trained="nothing")),
+    "1e-4": (5, dict(learning_rate=1e-4)),
+    "1e-5": (5, dict(learning_rate=1e-5)),
     "1e-4, last block only": (1, dict(learning_rate=1e-4, trained="last block")),
+    "1e-4, first neighbours kept": (1, dict(learning_rate=1e-4, refresh=False)),
+    SOURCE_TOO: (1, dict(learning_rate=1e-4)),
 }
 
 
@@ -49,8 +51,9 @@ def map_path() -> Path:
 def run_finetuning(backbone_name: str = "vit_nano_cpu") -> Path:
     """Fine-tune from the same starting heads, every variant and seed; returns the records' path.
 
-    Needs CIFAR-10; about forty minutes on one core, resumed run by run. 10,000 images drawn once
-    from CIFAR-10's train split, scored on all of test before and after each of three epochs.
+    Needs CIFAR-10 and Tiny-ImageNet; about an hour on one core, resumed run by run. 10,000 images
+    drawn once from CIFAR-10's train split, scored on all of test before and after each of three
+    epochs.
     """
     with attention(fused=torch.cuda.is_available()):
         backbone = load_backbone(backbone_name)
@@ -68,15 +71,22 @@ def run_finetuning(backbone_name: str = "vit_nano_cpu") -> Path:
                       "target": "cifar10", "n_images": N_IMAGES, "options": options, "code": code}
             record = stored_record(path, wanted)
             if record is None:
-                record = wanted | _run(backbone, starts, seed, target.images, test, scale, options,
+                images = target.images
+                if variant == SOURCE_TOO:
+                    images = np.concatenate([images, _source_images()])
+                record = wanted | _run(backbone, starts, seed, images, test, scale, options,
                                        keep_map=variant == "1e-4" and seed == 0)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.with_suffix(".partial").write_text(json.dumps(record))
-                os.replace(path.with_suffix(".partial"), path)
+                write_json(path, record)
                 logger.info("%s, seed %d: %s", variant, seed, record["epochs"][-1])
             records.append(record)
     records_path().write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
     return records_path()
+
+
+def _source_images() -> np.ndarray:
+    """Images of the backbone's own pretraining set, drawn once: uint8 [N, 32, 32, 3]."""
+    source = load_dataset("tinyimagenet32", "train")
+    return source.subset(draw_rows(len(source), N_IMAGES)).images
 
 
 def _starting_heads(scaled, n_clusters: int) -> LinearHeads:

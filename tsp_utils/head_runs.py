@@ -4,11 +4,9 @@ A run depends on a study's settings, on the fitted features and on the library s
 and score: its files are named by a hash of these.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import platform
 import re
 import time
@@ -20,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from tsp_utils.feature_sets import FeatureSet
-from tsp_utils.paths import PACKAGE, cache_dir
+from tsp_utils.paths import PACKAGE, cache_dir, write_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +97,7 @@ def run_heads(study, fit: FeatureSet, score: FeatureSet) -> HeadRuns:
             f"state_{name}": array.numpy() for name, array in heads.state_dict().items()} | dict(
             seconds=time.perf_counter() - start,
             made_with=json.dumps(versions() | {"machine": platform.machine(), "device": _device()}))
-        _write_whole(path, lambda file: np.savez(file, **arrays))
+        write_whole(path, lambda file: np.savez(file, **arrays))
     curves = {name.removeprefix("curve_"): arrays[name] for name in arrays if "curve_" in name}
     if was_read:  # a collapse is said again, whenever its heads are used
         warn_of_collapse(curves, study.seeds, settings["n_clusters"], study.entropy_weight)
@@ -160,7 +158,7 @@ def cached_arrays(fit: FeatureSet, settings: dict, what: str, make) -> dict:
     arrays = _read_arrays(path)
     if arrays is None:
         arrays = make()
-        _write_whole(path, lambda file: np.savez(file, **arrays))
+        write_whole(path, lambda file: np.savez(file, **arrays))
     return arrays
 
 
@@ -221,23 +219,7 @@ def _write_record(path: Path, run: HeadRuns, table: pd.DataFrame, made_with: dic
         "final_n_nonempty": run.curves["n_nonempty"][-1].tolist(),
         "metrics": table.round(4).to_dict("records"),
     }
-    _write_whole(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
-
-
-def _write_whole(path: Path, write) -> None:
-    """Write a file beside its place and move it there when it is whole."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            write(file)
-        partial.replace(path)
-    except OSError as error:
-        raise OSError(f"{path.parent} cannot be written ({error.strerror}); make it writable or "
-                      f"point TSP_CACHE to another folder.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    write_json(path, record, indent=1)
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:

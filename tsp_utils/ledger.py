@@ -23,10 +23,10 @@ from tsp_utils.claims import (
     t_interval,
 )
 from tsp_utils.head_runs import source_hash
+from tsp_utils.paths import write_json
 
 COLUMNS = ("id", "scope", "quantity", "backbone", "target", "protocol", "n_pretrain", "n_head",
            "mean", "low", "high", "p", "rule", "verdict", "qualifier")
-DECIDED = ("holds", "does not hold")
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,10 @@ class Evidence:
 def save_evidence(study, notebook: str, cells: Sequence[Evidence]) -> pd.DataFrame:
     """Leave a notebook's evidence for the ledger; returns the cells with their verdicts."""
     folder = study.run_dir / "claims"
-    folder.mkdir(parents=True, exist_ok=True)
     for order, cell in enumerate(cells):
         name = re.sub(r"[^\w]+", "-", f"{notebook}_{cell.claim}_{order}").strip("-")
         record = {"stamp": _stamp(study), **asdict(replace(cell, order=order))}
-        partial = folder / f"{name}.partial"
-        partial.write_text(json.dumps(record))
-        partial.replace(folder / f"{name}.json")
+        write_json(folder / f"{name}.json", record)
     return table_of(cells)
 
 

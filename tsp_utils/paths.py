@@ -1,5 +1,10 @@
-"""Where data, caches and results live. The only module that reads TSP_DATA and TSP_CACHE."""
+"""Where data, caches and results live, and how a file is written whole or not at all.
 
+The only module that reads TSP_DATA and TSP_CACHE.
+"""
+
+import contextlib
+import json
 import os
 from pathlib import Path
 
@@ -25,3 +30,27 @@ def runs_dir() -> Path:
 def bundled_dir() -> Path:
     """Folder of what ships with the package: weights, vectors, Fashion-MNIST's test split."""
     return PACKAGE / "bundled"
+
+
+def write_whole(path: Path, write) -> None:
+    """Write a file by `write(binary file)` beside its place, and move it there when it is whole.
+
+    Raises OSError naming the folder that cannot be written; what was there before stays.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            write(file)
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(f"{path.parent} cannot be written ({error.strerror}); make it writable or "
+                      f"point TSP_CACHE to another folder.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def write_json(path: Path, content, indent: int | None = None) -> None:
+    """`content` as JSON, by `write_whole`."""
+    write_whole(path, lambda file: file.write(json.dumps(content, indent=indent).encode()))

@@ -7,6 +7,7 @@ import seaborn as sns
 from matplotlib.patches import FancyBboxPatch
 
 CLASS_PALETTE = sns.color_palette("tab10")
+MOST_NAMED = 20  # classes whose names still fit beside a map or a matrix
 BACKBONE_COLORS = {
     "pixels": "#8c8c8c", "vit_mini_random": "#c49c6b", "patch_kmeans": "#3a78a8",
     "vit_nano_cpu": "#7d5ba6", "vit_nano_cpu_cifar10_4k": "#e0a03b",
@@ -31,10 +32,6 @@ def set_style() -> None:
 def backbone_color(name: str):
     """The colour of a backbone, the same in every figure."""
     return BACKBONE_COLORS.get(name) or sns.color_palette("husl", 8)[sum(map(ord, name)) % 8]
-
-
-def class_color(c: int):
-    return CLASS_PALETTE[c % len(CLASS_PALETTE)]
 
 
 def plot_consistency(table: pd.DataFrame, ax=None):
@@ -124,9 +121,12 @@ def plot_confusion(counts: np.ndarray, classes, class_of, ax=None):
     ax = ax or plt.gca()
     order = np.argsort(np.where(class_of < 0, len(classes), class_of), kind="stable")
     shares = 100 * counts[:, order] / counts.sum(1, keepdims=True)
-    sns.heatmap(shares, ax=ax, cmap="Blues", vmin=0, vmax=100, annot=len(classes) <= 20, fmt=".0f",
-                annot_kws={"fontsize": 8}, cbar=False, square=True, yticklabels=classes,
-                xticklabels=[classes[c] if c >= 0 else "-" for c in class_of[order]])
+    few = len(classes) <= MOST_NAMED  # else names and numbers would cover each other
+    sns.heatmap(shares, ax=ax, cmap="Blues", vmin=0, vmax=100, annot=few, fmt=".0f",
+                annot_kws={"fontsize": 8}, cbar=False, square=True,
+                yticklabels=list(classes) if few else False,
+                xticklabels=[classes[c] if c >= 0 else "-" for c in class_of[order]] if few
+                else False)
     ax.set(xlabel="cluster, named by its matched class", ylabel="class")
     ax.tick_params(axis="x", rotation=60)
     return ax
@@ -154,16 +154,17 @@ def plot_ledger(table: pd.DataFrame, ax=None):
 
 
 def plot_map(points: np.ndarray, groups: np.ndarray, names, ax=None, legend: bool = True):
-    """A two-dimensional map [N, 2] coloured by group [N]."""
+    """A two-dimensional map [N, 2] coloured by group [N]; no legend for more than twenty names."""
     ax = ax or plt.gca()
+    colors = CLASS_PALETTE if len(names) <= len(CLASS_PALETTE) else sns.husl_palette(len(names))
     for c, name in enumerate(names):
         chosen = points[groups == c]
         ax.scatter(chosen[:, 0], chosen[:, 1], s=5 if len(points) > 1000 else 14, alpha=0.7,
-                   color=class_color(c), label=name, linewidths=0)
+                   color=colors[c], label=name, linewidths=0)
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     ax.spines[:].set_visible(False)
-    if legend:
+    if legend and len(names) <= MOST_NAMED:
         ax.legend(markerscale=3, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 

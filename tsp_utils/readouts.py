@@ -2,12 +2,35 @@
 
 from dataclasses import replace
 
+import numpy as np
+
 from tsp_utils.feature_sets import FeatureSet
 from tsp_utils.head_runs import run_heads
 from tsp_utils.neighbors import knn_accuracy, label_consistency, nearest_neighbors
 from tsp_utils.study import load_study
 
 CONSISTENCY_AT = (1, 5, 20)  # neighbours
+N_DRAWS = 100  # of a small pool from a large one
+
+
+def balanced_rows(labels: np.ndarray, seed: int, per_class: int = 50) -> np.ndarray:
+    """Rows of a pool with equally many images a class, drawn by seed; int64 [classes x 50]."""
+    rng = np.random.default_rng(seed)
+    classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    return np.concatenate([rng.choice(rows, min(per_class, len(rows)), replace=False)
+                           for rows in classes])
+
+
+def small_pool_consistency(found: FeatureSet, k: int = 20) -> np.ndarray:
+    """Label consistency@k in percent within pools of 50 images a class, one a draw: [draws].
+
+    C5 compares pools of one size. A set that is such a pool itself, as the source's 500 images, is
+    read once: [1].
+    """
+    rows = [balanced_rows(found.labels, seed) for seed in range(N_DRAWS)]
+    rows = rows[:1] if len(rows[0]) == len(found.labels) else rows
+    return np.array([100 * label_consistency(nearest_neighbors(found.features[r], k),
+                                             found.labels[r])[-1] for r in rows])
 
 
 def read_out(found: FeatureSet, n_seeds: int = 10) -> dict:

@@ -1,0 +1,82 @@
+"""The profile `paper` end to end on stand-ins: official formats, a few images, random weights.
+
+Its numbers mean nothing; that it runs, what it writes and how it ends do.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tsp_utils.claims import CLAIMS
+from tsp_utils.ledger import COLUMNS
+from tsp_utils.paths import REPOSITORY
+from tsp_utils.run import notebook_paths
+from tsp_utils.study import load_study
+
+SETS = {"cifar10": (10, 32), "cifar100-20": (20, 32), "cifar100": (100, 32), "stl10": (10, 96)}
+WEIGHTS = {"dino_deitsmall16_pretrain.pth": "vit_small_patch16_224",
+           "dino_vitbase16_pretrain.pth": "vit_base_patch16_224",
+           "dino_resnet50_pretrain.pth": "resnet50"}
+SMALL = ["n_images=220", "n_seeds=2", "max_epochs=1", "min_steps=5", "umap_points=60",
+         "full_seeds=false"]
+
+
+def write_images(folder, n_classes: int, size: int, rng) -> None:
+    """220 images in class folders: a colour a class, and noise."""
+    for i in range(220):
+        c = i % n_classes
+        color = np.random.default_rng(c).integers(0, 256, 3)
+        pixels = np.clip(color + rng.normal(0, 40, (size, size, 3)), 0, 255).astype(np.uint8)
+        path = folder / f"class{c:03d}" / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """The finished run: its folder, and the process that made it."""
+    root, rng = tmp_path_factory.mktemp("paper"), np.random.default_rng(0)
+    for name, (n_classes, size) in SETS.items():
+        for split in ("train", "test"):
+            write_images(root / "data" / name / split, n_classes, size, rng)
+    (root / "data" / "weights").mkdir()
+    for file, architecture in WEIGHTS.items():
+        torch.save(timm.create_model(architecture, num_classes=0).state_dict(),
+                   root / "data" / "weights" / file)
+    environment = os.environ | {"TSP_DATA": str(root / "data"), "TSP_CACHE": str(root / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-m", "tsp_utils", "reproduce", "--profile", "paper", "--set", *SMALL],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    folder = load_study(" ".join(["paper", *SMALL])).run_dir
+    yield folder, done
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_every_notebook_runs_and_the_end_is_a_comparison(rehearsal):
+    folder, done = rehearsal
+    assert done.returncode == 3, done.stderr[-3000:]  # random weights are far from the paper
+    assert "with the 95 % Welch interval" in done.stdout
+    assert "heads lie beyond one point" in done.stdout
+    for path in notebook_paths():
+        assert (folder / path.name).exists() and path.stem in done.stdout
+
+
+def test_the_tables_have_the_papers_rows_and_the_ledger_its_scope(rehearsal):
+    folder, _ = rehearsal
+    table = pd.read_csv(folder / "figures" / "table1.csv")
+    assert set(table["dataset"]) == set(SETS) and table["backbone"].nunique() == 3
+    compared = pd.read_csv(folder / "figures" / "08_against_paper.csv")
+    assert (compared["stage"] == "head").sum() == 9  # 3 networks x CIFAR-10, -100-20, STL-10
+    assert (compared["stage"] == "K-means").sum() == 3
+    claims = pd.read_csv(folder / "figures" / "claims.csv")
+    assert list(claims.columns) == list(COLUMNS) and list(claims["id"]) == [c.id for c in CLAIMS]
+    own = claims.set_index("id").loc[["C0", "C1", "C3", "C8", "C9", "C10", "C12"], "scope"]
+    assert set(own) == {"same claim"}

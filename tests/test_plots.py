@@ -1,0 +1,34 @@
+"""Figures with many classes: what would not be readable is left out, and no colour is used twice."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from tsp_utils import plots
+
+
+@pytest.fixture
+def ax():
+    yield plt.figure().gca()
+    plt.close("all")
+
+
+@pytest.mark.parametrize("n, named", [(10, True), (20, True), (100, False)])
+def test_a_map_has_a_colour_a_class_and_a_legend_that_fits(ax, n, named):
+    names = [f"class {c}" for c in range(n)]
+    plots.plot_map(np.zeros((n, 2)), np.arange(n), names, ax)
+    colors = {tuple(group.get_facecolor()[0]) for group in ax.collections}
+    assert len(colors) == n
+    shown = [text.get_text() for text in ax.get_legend().get_texts()] if ax.get_legend() else []
+    assert shown == (names if named else [])
+
+
+@pytest.mark.parametrize("n, named", [(10, True), (100, False)])
+def test_a_confusion_is_in_percent_of_each_class_with_clusters_in_their_classes_order(ax, n, named):
+    counts = np.roll(np.diag(np.full(n, 7)), 1, axis=1)  # cluster c + 1 is class c
+    names = [f"class {c}" for c in range(n)]
+    plots.plot_confusion(counts, names, np.roll(np.arange(n), 1), ax)
+    drawn = ax.collections[0].get_array().reshape(n, n)
+    np.testing.assert_array_equal(drawn, 100 * np.eye(n))
+    assert [text.get_text() for text in ax.get_yticklabels()] == (names if named else [])
+    assert len(ax.texts) == (n * n if named else 0)
