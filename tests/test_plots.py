@@ -1,4 +1,4 @@
-"""Figures with many classes: what would not be readable is left out, and no colour is used twice."""
+"""Figures with many classes: what cannot be read is left out, and no colour is used twice."""
 
 import matplotlib.pyplot as plt
 import numpy as np
