@@ -25,13 +25,13 @@ SETS = {"cifar10": (10, 32), "cifar100-20": (20, 32), "cifar100": (100, 32), "st
 WEIGHTS = {"dino_deitsmall16_pretrain.pth": "vit_small_patch16_224",
            "dino_vitbase16_pretrain.pth": "vit_base_patch16_224",
            "dino_resnet50_pretrain.pth": "resnet50"}
-SMALL = ["n_images=220", "n_seeds=2", "max_epochs=1", "min_steps=5", "umap_points=60",
+SMALL = ["n_images=110", "n_seeds=2", "max_epochs=1", "min_steps=5", "umap_points=60",
          "full_seeds=false"]
 
 
 def write_images(folder, n_classes: int, size: int, rng) -> None:
-    """220 images in class folders: a colour a class, and noise."""
-    for i in range(220):
+    """110 images in class folders: a colour a class, and noise."""
+    for i in range(110):
         c = i % n_classes
         color = np.random.default_rng(c).integers(0, 256, 3)
         pixels = np.clip(color + rng.normal(0, 40, (size, size, 3)), 0, 255).astype(np.uint8)

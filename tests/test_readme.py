@@ -32,8 +32,8 @@ def test_the_paper_s_first_row_beside_k_means_on_pixels():
 
 def test_the_ledger_is_the_committed_one_and_decides_seven_claims():
     text = README.split("<!-- ledger -->")[1].split("<!-- /ledger -->")[0].strip()
-    assert text == (ROOT / "figures" / "offline" / "claims.md").read_text(encoding="utf-8").strip()
-    claims = pd.read_csv(ROOT / "figures" / "offline" / "claims.csv")
+    assert text == (ROOT / "figures" / "small" / "claims.md").read_text(encoding="utf-8").strip()
+    claims = pd.read_csv(ROOT / "figures" / "small" / "claims.csv")
     assert list(claims["id"]) == [f"C{i}" for i in range(13)]
     assert claims["verdict"].isin(["holds", "does not hold"]).sum() >= 7
     for row in claims.itertuples():  # the page says what the table says

@@ -17,6 +17,7 @@ _HOME = {
     ],
     "losses": ["tsp_loss"],
     "heads": ["LinearHeads", "scale_features", "init_heads", "train_heads", "kmeans"],
+    "estimator": ["TSPClustering"],
     "metrics": ["clustering_metrics", "confusion", "match_clusters"],
     "claims": ["CLAIMS", "RULES", "bootstrap_interval", "claim_of", "decide", "t_interval"],
     "ledger": ["Evidence", "read_evidence", "save_evidence"],

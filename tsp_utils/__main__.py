@@ -18,6 +18,17 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides",
                      help="override settings of the profile; the run gets a folder of its own")
     run.add_argument("--force", action="store_true", help="run again what did not change")
+    cluster = commands.add_parser("cluster", help="cluster a folder of images")
+    cluster.add_argument("folder", help="images, nested or flat, of any size")
+    cluster.add_argument("--n-clusters", type=int, required=True)
+    cluster.add_argument("--backbone", default="patch_kmeans",
+                         help="patch_kmeans (default, 32 px), dino_vits16 for photos, timm:NAME")
+    cluster.add_argument("--out", default=None, help="default: clusters/NAME OF THE FOLDER")
+    cluster.add_argument("--n-neighbors", type=int, default=20)
+    cluster.add_argument("--entropy-weight", type=float, default=3.0,
+                         help="lower it where clusters should differ in size")
+    cluster.add_argument("--seed", type=int, default=0)
+    cluster.add_argument("--force", action="store_true", help="replace results that are there")
     copy = commands.add_parser("figures", help="copy a finished run's figures into figures/")
     copy.add_argument("--profile", default="offline")
     commands.add_parser("refresh", help="write the notebooks' outputs back into notebooks/")
@@ -28,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     arm.add_argument("arm", help="a name in tsp_utils.arms.ARMS, for example vit_nano_cpu")
     arm.add_argument("--out", default=None, help="folder; default: runs/pretrain/ARM")
     commands.add_parser("dictionary-arms", help="learn and read out the dictionaries of claim C6")
-    commands.add_parser("finetune", help="run the fine-tuning of claim C7 again (40 minutes)")
+    commands.add_parser("finetune", help="run the fine-tuning of claim C7 again (an hour)")
     bundle = commands.add_parser("bundle", help="put a finished arm into bundled/, with its card")
     bundle.add_argument("arm")
     commands.add_parser("bundle-vectors", help="extract the bundled vectors again")
@@ -54,6 +65,12 @@ def main(arguments) -> int:
         print(f"executed notebooks and figures: runs/{run_folder(args)}")
         if args.profile == "paper":
             return report_against_paper(" ".join([args.profile, *args.overrides]))
+    elif args.command == "cluster":
+        from tsp_utils.cluster_folder import cluster_folder
+        out = cluster_folder(args.folder, args.n_clusters, backbone=args.backbone, out=args.out,
+                             force=args.force, seed=args.seed, n_neighbors=args.n_neighbors,
+                             entropy_weight=args.entropy_weight)
+        print(f"{out / 'clusters.csv'}\n{out / 'report.html'}")
     elif args.command == "refresh":
         from tsp_utils.run import refresh
         report(refresh())

@@ -11,10 +11,10 @@ import numpy as np
 
 from tsp_utils.downloads import read_idx_pair, read_published
 from tsp_utils.image_folders import (
-    IMAGE_SUFFIXES,
     ImageFiles,
     find_images,
     labels_from_folders,
+    list_images,
     read_images,
 )
 from tsp_utils.paths import bundled_dir, data_dir
@@ -168,17 +168,9 @@ def _load_path(name: str | Path, split: str | None) -> ImageDataset:
             f"Unknown data set {name!r}{hint}: pass one of {', '.join(DATASETS)}, "
             "or the path of a folder of images."
         )
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"{folder} {what}: pass the path of a folder of images.")
     if split not in (None, "test"):  # "test" is the default, so it says nothing
         raise ValueError(f"A folder of images has no split {split!r}: pass the folder itself.")
-    if not (paths := find_images(folder)):
-        raise ValueError(
-            f"{folder} holds no images: files that end in {', '.join(IMAGE_SUFFIXES)} "
-            "were looked for, in it and in its folders."
-        )
-    return _load_folder(folder.resolve().name, None, folder, paths)
+    return _load_folder(folder.resolve().name, None, folder, list_images(folder))
 
 
 def _load_folder(name: str, split: str | None, folder: Path, paths: list[str]) -> ImageDataset:

@@ -37,23 +37,65 @@ class ImageFiles(Sequence):
         return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
+class ReadableFiles(ImageFiles):
+    """ImageFiles that goes on where a file cannot be read: a grey image in its place, and a note.
+
+    `seen` has the indices that were decoded, `unreadable` the paths among them that could not be,
+    each with the sentence that says why.
+    """
+
+    def __init__(self, folder: Path, paths: Sequence[str]):
+        super().__init__(folder, paths)
+        self.seen, self.unreadable, self._shape = set(), {}, (32, 32, 3)
+
+    def __getitem__(self, index):
+        self.seen.add(index)
+        try:
+            image = super().__getitem__(index)
+        except OSError as error:
+            self.unreadable[self.paths[index]] = str(error)
+            return np.full(self._shape, 128, np.uint8)
+        self._shape = image.shape  # so that backbones for images of one size go on, too
+        return image
+
+
 def find_images(folder: Path) -> list[str]:
     """Paths of all images under `folder`, relative, sorted, with forward slashes.
 
-    Hidden files and folders are passed over. Raises OSError for a folder that cannot be listed.
+    Hidden files and folders are passed over, and links that lead back to a folder they lie in.
+    Raises OSError for a folder that cannot be listed.
     """
 
     def refuse(error: OSError):
         raise OSError(f"Cannot list {error.filename}: {error.strerror}; check its permissions.")
 
-    paths = []
+    paths, above = [], {}  # above: a folder's own real path and those of the folders it lies in
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        outer, real = above.get(os.path.dirname(parent), set()), os.path.realpath(parent)
+        if real in outer:
+            folders.clear()
+            continue
+        above[parent] = outer | {real}
         folders[:] = [f for f in folders if not f.startswith(".")]
         prefix = Path(parent).relative_to(folder).as_posix() + "/"
         prefix = "" if prefix == "./" else prefix
         images = (n for n in names if n.lower().endswith(IMAGE_SUFFIXES) and n[0] != ".")
         paths += [prefix + n for n in images]
     return sorted(paths)
+
+
+def list_images(folder: Path) -> list[str]:
+    """`find_images` of a folder that has to have some.
+
+    Raises FileNotFoundError for what is no folder, ValueError for one without images.
+    """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"{folder} {what}: pass the path of a folder of images.")
+    if not (paths := find_images(folder)):
+        raise ValueError(f"{folder} holds no images: files that end in {', '.join(IMAGE_SUFFIXES)} "
+                         f"were looked for, in it and in its folders.")
+    return paths
 
 
 def read_images(folder: Path, paths: list[str]) -> np.ndarray | ImageFiles:

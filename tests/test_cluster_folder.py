@@ -1,0 +1,349 @@
+"""A folder of images to a table and a page: odd files, bad input, the page in a browser."""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import tsp_utils.__main__ as command
+from tsp_utils import TSPClustering, cached_features, load_backbone, load_dataset
+from tsp_utils.cluster_folder import cluster_folder, cluster_images
+from tsp_utils.image_folders import find_images
+from tsp_utils.paths import REPOSITORY
+from tsp_utils.report import MAP_IMAGES, chosen_images, neighbor_shares, report
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Collapse")]
+
+CLOTHES = load_dataset("fashion-mnist", "test").subset(slice(0, 60))
+QUICK = dict(n_init=2, max_epochs=3, min_steps=30)
+
+
+@pytest.fixture(autouse=True)
+def own_folders(monkeypatch, tmp_path):
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def write(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, **options)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Sixty small images, flat."""
+    for i, image in enumerate(CLOTHES.images):
+        write(tmp_path / "photos" / f"{i:03d}.png", image[..., 0])
+    return tmp_path / "photos"
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file()}
+
+
+def test_the_command_writes_a_table_and_a_page_and_touches_nothing(photos):
+    before = content(photos)
+    out = cluster_folder(photos, 4, **QUICK)
+    assert out == type(out)("clusters") / "photos" and content(photos) == before
+    table = pd.read_csv(out / "clusters.csv")
+    assert list(table["path"]) == sorted(path.name for path in photos.iterdir())
+    assert set(table["cluster"]) <= set(range(4)) and table["probability"].between(0.2, 1).all()
+    page = (out / "report.html").read_text()
+    assert page.count('<section class="cluster"') == table["cluster"].nunique()
+    assert len(page) < 10e6 and "after the fact" not in page
+    # nothing is loaded from elsewhere
+    assert not re.search(r"(src|href)=\"(?!data:|#)|url\(|@import|https?://", page)
+
+
+def test_the_csv_is_the_estimators_own_and_a_second_run_extracts_nothing(photos, monkeypatch):
+    paths = find_images(photos)
+    found = cluster_images(photos, paths, 4, "patch_kmeans", seed=1, **QUICK)
+    assert found.probabilities.argmax(1).tolist() == found.clusters.tolist()
+    assert found.features.shape == (60, 256) and found.neighbors.indices.shape == (60, 20)
+    monkeypatch.setattr("tsp_utils.features._feature_batches", None)
+    again = cluster_images(photos, paths, 5, "patch_kmeans", seed=1, **QUICK)
+    np.testing.assert_array_equal(again.features, found.features)
+    assert again.probabilities.shape == (60, 5)
+
+
+@pytest.mark.parametrize("factor", [1, 3])  # small images are decoded at once, larger ones late
+def test_unreadable_files_are_listed_and_skipped_in_every_run(photos, factor):
+    for path in photos.iterdir():
+        Image.fromarray(np.kron(np.array(Image.open(path)), np.ones((factor, factor), np.uint8))
+                        ).save(path)
+    (photos / "broken.jpg").write_text("no image")
+    whole = photos.joinpath("000.png").read_bytes()
+    (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
+    for attempt in range(3):
+        out = cluster_folder(photos, 3, force=True, **QUICK)
+        assert len(pd.read_csv(out / "clusters.csv")) == 60
+        page = (out / "report.html").read_text()
+        assert "broken.jpg is not an image" in page and "cut.png cannot be read" in page
+        if attempt == 1:  # the note beside the cache is lost: the files are looked at again
+            for note in (photos.parent / "cache" / "features").glob("unreadable-*"):
+                note.unlink()
+
+
+def test_the_command_and_three_lines_of_python_are_the_same(photos):
+    images = load_dataset(photos)
+    features = cached_features(load_backbone("patch_kmeans"), images)
+    model = TSPClustering(4, random_state=0, **QUICK).fit(features)
+    table = pd.read_csv(cluster_folder(photos, 4, **QUICK) / "clusters.csv")
+    assert table["path"].tolist() == list(images.paths)
+    assert table["cluster"].tolist() == model.labels_.tolist()
+
+
+def test_class_folders_are_read_after_the_fact_alone(tmp_path):
+    kinds = {0: "shirts & tops", 1: "trousers", 8: "bags"}
+    chosen = [i for i, label in enumerate(CLOTHES.labels) if label in kinds]
+    for i in chosen:
+        write(tmp_path / "kinds" / kinds[CLOTHES.labels[i]] / f"{i}.png",
+              CLOTHES.images[i][..., 0])
+        write(tmp_path / "flat" / f"{kinds[CLOTHES.labels[i]]}{i}.png", CLOTHES.images[i][..., 0])
+    with_folders, flat = (pd.read_csv(cluster_folder(tmp_path / name, 3, **QUICK) / "clusters.csv")
+                          for name in ("kinds", "flat"))
+    assert with_folders["cluster"].tolist() == flat["cluster"].tolist()  # the folders told nothing
+    page = (tmp_path / "clusters" / "kinds" / "report.html").read_text()
+    assert "after the fact" in page and "shirts &amp; tops" in page and "ACC " in page
+
+
+def test_shares_of_neighbours_and_chosen_images_by_hand():
+    clusters = np.array([0, 0, 0, 1, 1])
+    indices = np.array([[1, 2], [0, 2], [0, 3], [4, 2], [3, 0]])
+    shares = neighbor_shares(clusters, indices, 3)
+    np.testing.assert_allclose(shares, [[5 / 6, 1 / 6, 0], [1 / 2, 1 / 2, 0], [0, 0, 0]])
+    found = type("Found", (), {"clusters": clusters, "probabilities": np.array(
+        [[0.5, 0.3], [0.9, 0.1], [0.7, 0.2], [0.4, 0.6], [0.2, 0.8]])})
+    assert chosen_images(found, 0, 2) == ([1, 2], [0])
+    assert chosen_images(found, 1, 8) == ([4, 3], [])
+
+
+def odd_files(folder):
+    """name -> how it is made; every one of them is an image and has to be read."""
+    image = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
+    write(folder / "animated.gif", image, save_all=True, append_images=[Image.new("RGB", (40, 48))])
+    Image.fromarray(image).convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(image[..., 0].astype(np.uint16) << 8).save(folder / "sixteen bits.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray(image).save(folder / "turned.jpg", exif=exif)
+    write(folder / "animated.webp", image, save_all=True,
+          append_images=[Image.new("RGB", (40, 48))])
+    write(folder / "naïve名 with spaces.png", image)
+    Image.fromarray(image).convert("P").save(folder / "palette.png")
+    Image.fromarray(image).convert("RGBA").save(folder / "transparent.png")
+    return 8
+
+
+def test_odd_files_are_read(photos):
+    n = odd_files(photos)
+    out = cluster_folder(photos, 3, **QUICK)
+    table = pd.read_csv(out / "clusters.csv")
+    assert len(table) == 60 + n and "naïve名 with spaces.png" in set(table["path"])
+    assert "Not read" not in (out / "report.html").read_text()
+
+
+def test_a_loop_of_links_is_walked_once(photos):
+    (photos / "again").symlink_to(photos, target_is_directory=True)
+    assert len(find_images(photos)) == 60
+
+
+def cases(folder):
+    """What goes wrong -> (the command's arguments, files to make); FOLDER is the images' folder."""
+    def clothes(n, name="{:03d}.png"):
+        for i in range(n):
+            write(folder / name.format(i), CLOTHES.images[i][..., 0])
+
+    def bomb():
+        clothes(20)
+        Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+
+    def text():
+        clothes(20)
+        (folder / "letter.jpg").write_text("dear reader")
+
+    def duplicates():
+        for i in range(20):
+            write(folder / f"{i}.png", CLOTHES.images[0][..., 0])
+
+    def no_readable():
+        for i in range(9):
+            (folder / f"{i}.jpg").write_text("no image")
+
+    def results():
+        clothes(20)
+        (folder.parent / "results").mkdir()
+        (folder.parent / "results" / "clusters.csv").write_text("mine")
+
+    def a_file():
+        clothes(20)
+        (folder.parent / "taken").write_text("mine")
+
+    return {
+        "no such folder": (["elsewhere"], lambda: None),
+        "an empty folder": ([], lambda: None),
+        "no readable image": ([], no_readable),
+        "one image": ([], lambda: clothes(1)),
+        "10 clusters for 8 images": (["--n-clusters", "10"], lambda: clothes(8)),
+        "one cluster": (["--n-clusters", "1"], lambda: clothes(20)),
+        "duplicates only": ([], duplicates),
+        "a backbone that is not known": (["--backbone", "dino_vits"], lambda: clothes(20)),
+        "results that are there": (["--out", "results"], results),
+        "an --out that is a file": (["--out", "taken"], a_file),
+        "a text file named .jpg": ([], text),
+        "a PNG of 20,000 x 20,000": ([], bomb),
+    }
+
+
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory):
+    """What goes wrong -> the sentence that the command ends with, or the report's."""
+    found = {}
+    for what in cases(tmp_path_factory.mktemp("none")):
+        root = tmp_path_factory.mktemp("case")
+        (root / "photos").mkdir()
+        arguments, make = cases(root / "photos")[what]
+        make()
+        mine = content(root)
+        folder = arguments.pop(0) if arguments and arguments[0][0] != "-" else "photos"
+        arguments = ["cluster", folder, *arguments]
+        arguments += [] if "--n-clusters" in arguments else ["--n-clusters", "3"]
+        with contextlib.chdir(root), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TSP_CACHE", str(root / "cache"))
+            patch.setattr("tsp_utils.cluster_folder.TSPClustering",
+                          functools.partial(TSPClustering, **QUICK))
+            try:
+                command.main(arguments)
+                page = (root / "clusters" / "photos" / "report.html").read_text()
+                found[what] = "skipped: " + re.search("<li>(.*?)</li>", page)[1]
+            except (ValueError, OSError) as error:
+                found[what] = str(error)
+                assert not (root / "clusters").exists()
+        assert mine.items() <= content(root).items()  # nothing of the user's is changed
+        found[what] = found[what].replace(str(root) + "/", "").replace("|", "/")
+    return found
+
+
+def test_each_bad_input_gets_one_sentence_that_says_what_to_pass(sentences):
+    for what, sentence in sentences.items():
+        assert "\n" not in sentence and 20 < len(sentence) < 330, what
+        says = re.search(r"[Pp]ass |replace or delete|known are|remove|looked for", sentence)
+        assert says, sentence
+
+
+def test_the_guide_shows_the_sentences_as_they_are(sentences):
+    guide = (REPOSITORY / "docs" / "your_own_images.md").read_text()
+    table = "\n".join(f"| {what} | {sentence} |" for what, sentence in sentences.items())
+    assert table in guide, f"the guide lacks:\n{table}"
+
+
+def test_a_read_only_place_is_refused(photos, tmp_path):
+    """A folder without permission; for root, who ignores that, a read-only file system."""
+    place = tmp_path / "sealed"
+    place.mkdir(mode=0o500)
+    prefix = []
+    if os.geteuid() == 0:
+        prefix = ["unshare", "-m", "sh", "-c",
+                  f'mount -t tmpfs -o ro none {place} && exec "$@"', "sh"]
+        if shutil.which("unshare") is None or subprocess.run(
+                [*prefix, "true"], capture_output=True, check=False).returncode:
+            pytest.skip("root ignores permissions, and cannot mount a place of its own here")
+    done = subprocess.run(
+        [*prefix, sys.executable, "-m", "tsp_utils", "cluster", photos, "--n-clusters", "3",
+         "--out", place / "out"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith("pass another folder as --out.")
+
+
+def test_photos_are_told_of_a_better_backbone_and_small_images_are_not(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        write(tmp_path / "large" / f"{i}.jpg", rng.integers(0, 256, (90, 120, 3), dtype=np.uint8))
+        write(tmp_path / "small" / f"{i}.jpg", rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    for name, told in (("large", True), ("small", False)):
+        caplog.clear()
+        cluster_folder(tmp_path / name, 2, **QUICK)
+        assert ("dino_vits16 serves photos better (it downloads 85 MB" in caplog.text) == told
+
+
+@pytest.fixture
+def page(photos):
+    (photos / "letter.jpg").write_text("no image")
+    kinds = photos.parent / "kinds"
+    for i in range(60):
+        write(kinds / f"a rather long name of a class, number {CLOTHES.labels[i]}" / f"{i}.png",
+              CLOTHES.images[i][..., 0])
+    return (cluster_folder(kinds, 7, **QUICK) / "report.html").read_text()
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which(
+    "google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page in")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_in_a_browser(page, tmp_path, width):
+    """In a frame of that width: nothing sticks out, every picture loads, pointing shows one."""
+    probe = """
+    const frame = document.createElement("iframe");
+    frame.style = "border: 0; width: WIDTHpx; height: 900px";
+    frame.onload = () => {
+      const page = frame.contentDocument, root = page.documentElement;
+      const dot = page.querySelector("circle[data-image]"), tip = page.getElementById("tip");
+      const images = [...page.images];
+      dot.dispatchEvent(new frame.contentWindow.MouseEvent("mouseover", {bubbles: true}));
+      setTimeout(() => {
+        const box = tip.getBoundingClientRect();
+        document.title = JSON.stringify({
+          inner: root.clientWidth, scroll: root.scrollWidth, images: images.length,
+          blank: images.filter(image => image.naturalWidth === 0).length,
+          shown: tip.style.display, left: box.left, right: box.right, text: tip.textContent,
+          picture: tip.querySelector("img").naturalWidth});
+      }, 500);
+    };
+    frame.srcdoc = SOURCE;
+    document.body.append(frame);
+    """.replace("WIDTH", str(width)).replace("SOURCE", json.dumps(page).replace("</", "<\\/"))
+    test = tmp_path / "test.html"
+    test.write_text(f"<!DOCTYPE html><title>not run</title><body><script>{probe}</script>")
+    done = subprocess.run(
+        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/c",
+         "--virtual-time-budget=20000", "--window-size=1400,1000", "--dump-dom", test.as_uri()],
+        capture_output=True, text=True, timeout=120, check=False)
+    title = re.search("<title>(.*?)</title>", done.stdout)[1].replace("&quot;", '"')
+    seen = json.loads(title)
+    assert seen["inner"] == width or seen["inner"] == width - 15  # less a scroll bar
+    assert seen["scroll"] <= seen["inner"] and seen["images"] > 20
+    assert seen["blank"] == 0 and seen["picture"] == 28
+    assert seen["shown"] == "block" and ".png" in seen["text"]
+    assert seen["left"] >= 0 and seen["right"] <= seen["inner"]
+
+
+def test_a_large_folder_keeps_the_page_small(monkeypatch):
+    """Ten thousand photos in a hundred clusters: the page stays below ten megabytes."""
+    rng = np.random.default_rng(0)
+    n, n_clusters = 10_000, 100
+    probabilities = rng.dirichlet(np.ones(n_clusters), n)
+    found = type("Found", (), dict(
+        folder=REPOSITORY, paths=tuple(f"{i}.jpg" for i in range(n)), clusters=probabilities.argmax(
+            1), probabilities=probabilities, features=rng.normal(size=(n, 4)), labels=None,
+        classes=(), unreadable={}, notes=[], history={"loss": np.linspace(1, 0, 100)},
+        neighbors=type("Neighbors", (), {"indices": rng.integers(0, n, (n, 20))}),
+        made={"backbone": "made up", "weights": "", "seed": 0, "settings": {"n_init": 10},
+              "seconds": {}, "versions": {}}))
+    photo = rng.integers(0, 256, (500, 500, 3), dtype=np.uint8)  # noise is what packs worst
+    monkeypatch.setattr("tsp_utils.image_folders._decode", lambda path: photo)
+    monkeypatch.setattr("tsp_utils.report.map_points", lambda features: (
+        np.arange(2000), rng.normal(size=(2000, 2))))
+    page = report(found)
+    assert len(page.encode()) < 10e6 and page.count("data-image=") == MAP_IMAGES

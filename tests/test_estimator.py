@@ -1,0 +1,125 @@
+"""The estimator: scikit-learn's own checks, the library's heads, held-out images, bad input."""
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+from sklearn.base import clone
+from sklearn.datasets import make_blobs
+from sklearn.decomposition import PCA
+from sklearn.metrics import adjusted_rand_score
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.estimator_checks import check_estimator
+
+from tsp_utils import TSPClustering, init_heads, nearest_neighbors, scale_features, train_heads
+from tsp_utils.feature_sets import load_vectors
+from tsp_utils.metrics import confusion
+
+X, CLASSES = make_blobs(400, 8, centers=4, random_state=0)
+QUICK = dict(n_init=3, max_epochs=20, min_steps=200, random_state=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads(one_thread):
+    pass
+
+
+def agreement(a, b) -> float:
+    """Share of samples on which two clusterings agree after the best matching."""
+    table = confusion(a, b)
+    return table[linear_sum_assignment(-table)].sum() / len(a)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scikit_learns_own_checks_all_of_them():
+    check_estimator(TSPClustering())
+
+
+def test_it_is_the_librarys_code():
+    fitted = TSPClustering(4, **QUICK).fit(X)
+    features = scale_features(X)
+    seeds = np.random.RandomState(0).randint(2**31 - 1, size=3).tolist()
+    heads = init_heads(features, 4, seeds)
+    curves = train_heads(heads, features, nearest_neighbors(features, 20), max_epochs=20,
+                         min_steps=200, batch_size=50, progress=False).arrays()
+    best = curves["loss"][-1].argmin()
+    assert fitted.losses_ == pytest.approx(curves["loss"][-1])
+    np.testing.assert_array_equal(fitted.labels_, heads.predict(features)[best])
+    np.testing.assert_allclose(fitted.history_["loss"], curves["loss"][:, best])
+    with np.errstate(all="raise"):
+        np.testing.assert_allclose(fitted.predict_proba(X), heads.predict_proba(features)[best],
+                                   atol=1e-5)
+
+
+def test_blobs_are_found_and_predict_is_labels_on_every_row():
+    fitted = TSPClustering(4, **QUICK).fit(X)
+    assert adjusted_rand_score(CLASSES, fitted.labels_) > 0.95
+    np.testing.assert_array_equal(fitted.predict(X), fitted.labels_)
+    np.testing.assert_array_equal(clone(fitted).fit_predict(X), fitted.labels_)
+    assert fitted.transform(X) == pytest.approx(X @ fitted.coef_.T + fitted.intercept_)
+    assert fitted.predict_proba(X).sum(1) == pytest.approx(1)
+    assert np.linalg.norm(fitted.scale_ * X, axis=1).mean() == pytest.approx(np.sqrt(8), rel=1e-5)
+    assert fitted.get_feature_names_out()[0] == "tspclustering0"
+
+
+def test_a_factor_on_the_features_changes_nothing():
+    np.testing.assert_array_equal(TSPClustering(4, **QUICK).fit_predict(X),
+                                  TSPClustering(4, **QUICK).fit_predict(1e4 * X))
+
+
+def test_pipeline_pickle_and_names():
+    pipeline = make_pipeline(PCA(5, random_state=0), TSPClustering(4, **QUICK)).fit(X)
+    again = pickle.loads(pickle.dumps(pipeline))
+    np.testing.assert_array_equal(again.predict(X), pipeline.predict(X))
+    assert again[-1].n_features_in_ == 5
+
+
+def test_random_starts_and_uniform_labels_dtype():
+    fitted = TSPClustering(4, init="random", **QUICK).fit(X.astype(np.float32))
+    assert fitted.labels_.dtype == np.int64 and fitted.predict(X).dtype == np.int64
+
+
+def test_few_samples_lower_the_neighbours_with_a_warning():
+    with pytest.warns(UserWarning, match="n_neighbors is 20 and there are only 12 samples; 11"):
+        fitted = TSPClustering(2, **QUICK).fit(X[:12])
+    assert set(fitted.labels_) <= {0, 1}
+
+
+def test_only_the_kept_heads_collapse_is_told():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted = TSPClustering(4, entropy_weight=0.0, learning_rate=0.1, **QUICK).fit(X)
+    told = [str(w.message) for w in caught if "Collapse" in str(w.message)]
+    assert len(told) == (fitted.history_["n_nonempty"][-1] < 4)
+
+
+@pytest.mark.parametrize("make, sentence", [
+    (lambda: TSPClustering(4).fit(np.zeros((50, 3))), "All features are 0"),
+    (lambda: TSPClustering(10).fit(X[:8]), "8 samples cannot make 10 clusters; pass at most 8"),
+    (lambda: TSPClustering(4).fit(np.repeat(X[:2], 20, 0)), "only 2 distinct feature vectors"),
+    (lambda: TSPClustering(2).fit(X[:1]), "1 sample"),
+    (lambda: TSPClustering(2).fit(X[:3]), "a minimum of 4 is required"),
+    (lambda: TSPClustering(2.5).fit(X), "n_clusters is 2.5; pass a whole number of at least 1"),
+    (lambda: TSPClustering(4, n_init=0).fit(X), "n_init is 0; pass a whole number"),
+    (lambda: TSPClustering(4, init="zeros").fit(X), "pass k-means or random"),
+    (lambda: TSPClustering(4, metric="manhattan").fit(X), "pass one of cosine"),
+    (lambda: TSPClustering(4).fit(np.full((50, 3), np.nan)), "NaN"),
+])
+def test_bad_input_is_one_sentence(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+def test_four_fifths_of_cifar10_cluster_the_rest_alike():
+    found = load_vectors("cifar10", "patch_kmeans")
+    order = np.random.default_rng(0).permutation(len(found.labels))
+    fitted, held_out = order[:8000], order[8000:]
+    settings = dict(n_clusters=10, max_epochs=100, random_state=0)
+    all_of_it = TSPClustering(**settings).fit(found.features)
+    most_of_it = TSPClustering(**settings).fit(found.features[fitted])
+    reached = agreement(all_of_it.predict(found.features[held_out]),
+                        most_of_it.predict(found.features[held_out]))
+    print(f"agreement on held-out rows: {100 * reached:.1f} %")
+    assert reached > 0.5

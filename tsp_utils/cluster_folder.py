@@ -1,0 +1,204 @@
+"""A folder of images -> clusters.csv and report.html."""
+
+import json
+import logging
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tsp_utils.backbones import load_backbone
+from tsp_utils.datasets import ImageDataset
+from tsp_utils.estimator import TSPClustering
+from tsp_utils.features import cached_features
+from tsp_utils.head_runs import versions
+from tsp_utils.image_folders import (
+    LARGEST_ARRAY_PX,
+    ImageFiles,
+    ReadableFiles,
+    labels_from_folders,
+    list_images,
+    read_images,
+)
+from tsp_utils.neighbors import Neighbors, nearest_neighbors
+from tsp_utils.paths import cache_dir, write_json, write_whole
+
+logger = logging.getLogger(__name__)
+
+FEWEST = 4  # images: Eq. 4 takes the distance to the third neighbour
+SMALL_PX = 64  # a backbone that sees no more than this wastes what a photo shows
+
+
+@dataclass(frozen=True, eq=False)
+class FolderClusters:
+    """What the report shows: the images of a folder that could be read, and their clusters.
+
+    paths relative to folder; features float32 [N, D]; clusters int64 [N]; probabilities [N, C];
+    neighbors of the N images; labels int64 [N] and classes where the images lie in class folders;
+    unreadable: path -> reason; notes: sentences for the reader; made: settings, versions, seconds.
+    """
+
+    folder: Path
+    paths: tuple[str, ...]
+    features: np.ndarray
+    clusters: np.ndarray
+    probabilities: np.ndarray
+    neighbors: Neighbors
+    history: dict[str, np.ndarray]
+    labels: np.ndarray | None
+    classes: tuple[str, ...]
+    unreadable: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+    made: dict = field(default_factory=dict)
+
+
+def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "patch_kmeans",
+                   out: str | Path | None = None, force: bool = False, seed: int = 0,
+                   **settings) -> Path:
+    """Cluster all images under a folder, whatever their sizes; returns the folder of the results.
+
+    Writes clusters.csv (path, cluster, probability) and report.html into `out`, by default
+    `clusters/<name of the folder>` under the working directory. Unreadable files are skipped and
+    listed. settings go to `TSPClustering`. Raises FileNotFoundError for what is no folder,
+    FileExistsError for results that are there without `force`, ValueError for too few images,
+    OSError for an `out` that cannot be written; nothing of the images' folder is changed.
+    """
+    from tsp_utils.report import report
+
+    folder = Path(folder).expanduser()
+    paths = list_images(folder)
+    _check_number(folder, len(paths), n_clusters)
+    out = Path(out).expanduser() if out else Path("clusters") / folder.resolve().name
+    made_here = _check_out(out, force)
+    try:
+        found = cluster_images(folder, paths, n_clusters, backbone, seed, **settings)
+        write_csv(found, out / "clusters.csv")
+        page = report(found).encode()
+        write_whole(out / "report.html", lambda file: file.write(page))
+    except BaseException:
+        for made in made_here:  # only folders that are still empty can be removed
+            if made.exists() and not any(made.iterdir()):
+                made.rmdir()
+        raise
+    return out
+
+
+def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: str, seed: int,
+                   **settings) -> FolderClusters:
+    """Features (cached), heads and neighbours of a folder's images, with what there is to tell."""
+    start = time.perf_counter()
+    network = load_backbone(backbone)
+    features, unreadable = _features(network, folder, paths, n_clusters)
+    readable = [path for path in paths if path not in unreadable]
+    notes = _advice(network, ImageFiles(folder, readable))
+    extracted = time.perf_counter()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        model = TSPClustering(n_clusters, random_state=seed, **settings).fit(features)
+    notes += [str(warning.message) for warning in told if warning.category is UserWarning]
+    for note in notes:
+        logger.warning(note)
+    neighbors = nearest_neighbors(features, min(model.n_neighbors, len(features) - 1), model.metric)
+    labels, classes = labels_from_folders(readable, ())
+    return FolderClusters(
+        folder, tuple(readable), features, model.labels_, model.predict_proba(features), neighbors,
+        model.history_, labels, classes, unreadable, notes,
+        {"backbone": backbone, "weights": network.describe()["weights_sha256"][:16],
+         "seed": seed, "settings": model.get_params() | {"random_state": seed},
+         "seconds": {"features": round(extracted - start, 1),
+                     "clusters": round(time.perf_counter() - extracted, 1)},
+         "versions": versions()})
+
+
+def _features(network, folder: Path, paths: list[str], n_clusters: int):
+    """Features float32 of the images that can be read, and path -> reason of the others."""
+    files, name = ReadableFiles(folder, paths), folder.resolve().name
+    sizes = (max(files[i].shape[:2]) for i in range(len(paths)) if files.paths[i] not in
+             files.unreadable)
+    if next(sizes, 0) <= LARGEST_ARRAY_PX:  # decoded at once, as `load_dataset` does it
+        for i in set(range(len(paths))) - files.seen:
+            files[i]
+        readable = [path for path in paths if path not in files.unreadable]
+        _check_number(folder, len(readable), n_clusters, len(files.unreadable))
+        images = read_images(folder, readable)
+        return np.asarray(cached_features(network, ImageDataset(name, None, images))
+                          ), files.unreadable
+    dataset = ImageDataset(name, None, files)  # photos: decoded while the network computes
+    features = cached_features(network, dataset)
+    unreadable = _unreadable(dataset)
+    kept = np.array([path not in unreadable for path in paths])
+    _check_number(folder, int(kept.sum()), n_clusters, len(unreadable))
+    return np.asarray(features[kept]), unreadable
+
+
+def write_csv(found: FolderClusters, path: Path) -> None:
+    """One row an image: path, cluster, probability of that cluster."""
+    table = pd.DataFrame({
+        "path": found.paths, "cluster": found.clusters,
+        "probability": found.probabilities[np.arange(len(found.paths)), found.clusters].round(4)})
+    content = table.to_csv(index=False).encode()
+    write_whole(path, lambda file: file.write(content))
+
+
+def _check_number(folder: Path, n: int, n_clusters: int, n_unreadable: int = 0) -> None:
+    what = "image" if n == 1 else "images"
+    what = f"readable {what} ({n_unreadable} could not be read)" if n_unreadable else what
+    if n < FEWEST:
+        raise ValueError(f"{folder} holds {n} {what}, and clustering needs at least {FEWEST}: "
+                         f"pass a folder with more.")
+    if n_clusters < 2:
+        raise ValueError(f"--n-clusters is {n_clusters}, which leaves nothing to tell apart: pass "
+                         f"2 or more.")
+    if n < n_clusters:
+        raise ValueError(f"{folder} holds {n} {what}, which cannot make {n_clusters} clusters: "
+                         f"pass at most {n} as --n-clusters.")
+
+
+def _check_out(out: Path, force: bool) -> list[Path]:
+    """Refuse results that are there and folders that cannot be written, before any work."""
+    there = [out / name for name in ("clusters.csv", "report.html") if (out / name).exists()]
+    if there and not force:
+        raise FileExistsError(f"{there[0]} is there already: pass --force to replace it, or "
+                              f"another folder as --out.")
+    new = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise OSError(f"{out} cannot be written ({error.strerror}): pass another folder as "
+                      f"--out.") from None
+    return new
+
+
+def _unreadable(dataset: ImageDataset) -> dict[str, str]:
+    """path -> reason of the files that could not be read, kept beside the cached features.
+
+    Features that come from the cache, or from a run that was resumed, have not seen every file.
+    """
+    images = dataset.images
+    path = cache_dir() / "features" / f"unreadable-{dataset.fingerprint[:16]}.json"
+    if len(images.seen) < len(images):
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):
+            for i in sorted(set(range(len(images))) - images.seen):
+                images[i]
+    write_json(path, images.unreadable)
+    return images.unreadable
+
+
+def _advice(network, images: ImageFiles) -> list[str]:
+    """One sentence where photos are shown to a backbone that was made for small images."""
+    size = network.spec.input_size
+    if size is None or size > SMALL_PX:
+        return []
+    some = [max(images[i].shape[:2]) for i in range(0, len(images), max(1, len(images) // 20))]
+    if np.median(some) <= SMALL_PX:
+        return []
+    return [f"These images are about {int(np.median(some))} px wide and {network.name} sees "
+            f"{size} px of them: --backbone dino_vits16 serves photos better (it downloads 85 MB "
+            f"once)."]

@@ -1,0 +1,111 @@
+"""TSP as a scikit-learn clusterer: fit on features, predict for more of them."""
+
+import warnings
+from numbers import Integral
+
+import numpy as np
+import torch
+from scipy.special import softmax
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    ClusterMixin,
+    TransformerMixin,
+)
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from tsp_utils.heads import init_heads, scale_features, train_heads, warn_of_collapse
+from tsp_utils.neighbors import nearest_neighbors
+
+
+class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
+    """The clustering head of TSP on features [N, D] from a frozen backbone (Secs 3.2, 4.2).
+
+    `n_init` heads start from their own K-means (or at random) and train at once on Eq. 5; the one
+    with the lowest training loss is kept, so no label is read anywhere. Parameters are those of
+    `train_heads` and `nearest_neighbors`; n_neighbors is lowered, with a warning, where there are
+    too few samples, and a batch is an eighth of them, at least 32 and at most batch_size.
+
+    Attributes: labels_ int64 [N], the clusters of the fitted samples; coef_ [C, D] and intercept_
+    [C], which work on X as passed; scale_, the scalar that brought the mean length of the features
+    to sqrt(D), folded into coef_; history_, the kept head's curves by name, each [epochs];
+    losses_ [n_init], the final losses that it was chosen by; n_features_in_, feature_names_in_.
+    `fit` raises ValueError for fewer than 4 samples, fewer distinct ones than clusters, all-zero X.
+    """
+
+    def __init__(self, n_clusters=8, *, n_neighbors=20, n_init=10, init="k-means",
+                 entropy_weight=3.0, max_epochs=100, min_steps=2000, batch_size=256,
+                 learning_rate=1e-4, metric="cosine", device="auto", random_state=None):
+        self.n_clusters = n_clusters
+        self.n_neighbors = n_neighbors
+        self.n_init = n_init
+        self.init = init
+        self.entropy_weight = entropy_weight
+        self.max_epochs = max_epochs
+        self.min_steps = min_steps
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.metric = metric
+        self.device = device
+        self.random_state = random_state
+
+    def fit(self, X, y=None):
+        """Learn the clusters of features X [N, D]; y is ignored. Returns self."""
+        X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=4)
+        for name in ("n_clusters", "n_neighbors", "n_init", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} is {value!r}; pass a whole number of at least 1.")
+        features = scale_features(X)
+        seeds = check_random_state(self.random_state).randint(2**31 - 1, size=self.n_init).tolist()
+        heads = init_heads(features, self.n_clusters, seeds, self.init)
+        neighbors = nearest_neighbors(features, self._usable_neighbors(len(X)), self.metric)
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        with warnings.catch_warnings():  # of heads that are not kept nobody needs to hear
+            warnings.filterwarnings("ignore", "Collapse", UserWarning)
+            curves = train_heads(
+                heads, features, neighbors, entropy_weight=self.entropy_weight,
+                max_epochs=self.max_epochs, min_steps=self.min_steps,
+                batch_size=min(self.batch_size, max(32, len(X) // 8)),
+                learning_rate=self.learning_rate, device=device, progress=False).arrays()
+        self.losses_ = curves["loss"][-1]
+        kept = int(self.losses_.argmin())
+        warn_of_collapse({name: curve[:, [kept]] for name, curve in curves.items()}, [seeds[kept]],
+                         self.n_clusters, self.entropy_weight)
+        self.history_ = {name: curve[:, kept] for name, curve in curves.items()}
+        longest = int(np.square(X, dtype=np.float64).sum(1).argmax())
+        self.scale_ = float(np.linalg.norm(features[longest]) / np.linalg.norm(X[longest]))
+        self.coef_ = heads.weight[kept].detach().numpy().astype(np.float64) * self.scale_
+        self.intercept_ = heads.bias[kept].detach().numpy().astype(np.float64)
+        self.labels_ = self._logits(X).argmax(1)
+        return self
+
+    def _usable_neighbors(self, n_samples: int) -> int:
+        if self.n_neighbors < n_samples:
+            return self.n_neighbors
+        warnings.warn(f"n_neighbors is {self.n_neighbors} and there are only {n_samples} samples; "
+                      f"{n_samples - 1} neighbours are used.", stacklevel=3)
+        return n_samples - 1
+
+    def _logits(self, X) -> np.ndarray:
+        return X @ self.coef_.T + self.intercept_  # [N, C]
+
+    def transform(self, X):
+        """The logits X @ coef_.T + intercept_, float64 [N, C]."""
+        check_is_fitted(self)
+        return self._logits(validate_data(self, X, dtype=[np.float64, np.float32], reset=False))
+
+    def predict(self, X):
+        """The most probable cluster of each sample, int64 [N]."""
+        return self.transform(X).argmax(1)
+
+    def predict_proba(self, X):
+        """Probabilities of the clusters, float64 [N, C]; rows sum to 1."""
+        return softmax(self.transform(X), axis=1)
+
+    @property
+    def _n_features_out(self):
+        return self.n_clusters

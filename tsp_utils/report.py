@@ -1,0 +1,141 @@
+"""The page about a clustered folder: one self-contained HTML file."""
+
+import base64
+import io
+import math
+import shlex
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from tsp_utils.image_folders import ImageFiles
+from tsp_utils.metrics import clustering_metrics, confusion, match_clusters
+
+CLUSTER_PX, MAP_PX = 96, 64  # longer side of a thumbnail in a cluster's rows, on the map
+CLUSTER_IMAGES = 1000  # thumbnails in all clusters' rows: keeps the page below 10 MB
+EACH = 8  # most confident images a cluster, and as many doubtful ones
+MAP_POINTS, MAP_IMAGES = 2000, 500
+FEWEST_FOR_UMAP = 30  # images; fewer are laid out by principal axes
+PALETTE = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f", "#ff9da7", "#797979",
+           "#b6992d", "#499894")
+
+
+def report(found) -> str:
+    """The page about `FolderClusters`: clusters, doubts, neighbours, map, how it was made."""
+    shares = neighbor_shares(found.clusters, found.neighbors.indices, found.probabilities.shape[1])
+    sizes = np.bincount(found.clusters, minlength=len(shares))
+    shown = {c: chosen_images(found, c, max(1, min(EACH, CLUSTER_IMAGES // 2 // len(shares))))
+             for c in np.argsort(-sizes, kind="stable")[:CLUSTER_IMAGES // 2].tolist()}
+    rows, points = map_points(found.features)
+    hovered = rows[:: max(1, math.ceil(len(rows) / MAP_IMAGES))]
+    images = ImageFiles(found.folder, found.paths)
+    in_rows = _thumbnails(images, {i for both in shown.values() for group in both for i in group},
+                          CLUSTER_PX)
+    on_map = _thumbnails(images, set(hovered.tolist()), MAP_PX)
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
+    return page.render(
+        found=found, name=found.folder.resolve().name, n=len(found.paths), sizes=sizes.tolist(),
+        order=np.argsort(-sizes, kind="stable").tolist(), shown=shown, thumbnails=in_rows,
+        sure=found.probabilities[np.arange(len(found.paths)), found.clusters],
+        nearby=[_nearby(share, c) for c, share in enumerate(shares)],
+        color=lambda c: PALETTE[c] if len(shares) <= len(PALETTE) else (
+            f"hsl({360 * c / len(shares):.0f} {55 + 20 * (c % 2)}% {42 + 8 * (c % 3)}%)"),
+        points=_on_canvas(points, rows, found, on_map),
+        curve=_curve(found.history["loss"]), collapse=collapse_figures(found),
+        after_the_fact=after_the_fact(found), command=_command(found))
+
+
+def neighbor_shares(clusters: np.ndarray, indices: np.ndarray, n_clusters: int) -> np.ndarray:
+    """Share of the neighbours of each cluster's images in every cluster, rows sum to 1: [C, C].
+
+    clusters int [N], indices [N, K]. Rows of empty clusters are 0.
+    """
+    counts = np.zeros((n_clusters, n_clusters))
+    np.add.at(counts, (np.repeat(clusters, indices.shape[1]), clusters[indices].reshape(-1)), 1)
+    return counts / np.maximum(counts.sum(1, keepdims=True), 1)
+
+
+def chosen_images(found, cluster: int, n: int) -> tuple[list[int], list[int]]:
+    """The n most and the n least probable images of a cluster; no image twice."""
+    members = np.flatnonzero(found.clusters == cluster)
+    order = members[np.argsort(-found.probabilities[members, cluster], kind="stable")]
+    sure = order[:n]
+    return sure.tolist(), order[len(sure):][::-1][:n].tolist()
+
+
+def map_points(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images drawn by seed [n] and their places [n, 2]: UMAP, or principal axes where few."""
+    if len(features) < FEWEST_FOR_UMAP:
+        from sklearn.decomposition import PCA
+
+        return np.arange(len(features)), PCA(2, random_state=0).fit_transform(features)
+    from tsp_utils.plots import umap_points
+
+    return umap_points(features, MAP_POINTS)
+
+
+def collapse_figures(found) -> dict:
+    """Clusters in use, the largest one's share, entropy of the mean prediction and its maximum."""
+    sizes = np.bincount(found.clusters, minlength=found.probabilities.shape[1])
+    mean = found.probabilities.mean(0)
+    entropy = -(mean * np.log(np.maximum(mean, 1e-30))).sum()
+    return {"used": int((sizes > 0).sum()), "n_clusters": len(sizes),
+            "largest": 100 * sizes.max() / sizes.sum(), "entropy": float(entropy),
+            "most": math.log(len(sizes))}
+
+
+def after_the_fact(found) -> dict | None:
+    """ACC, NMI, ARI and the confusion [classes, clusters] against class folders, if any."""
+    if found.labels is None:
+        return None
+    matched = match_clusters(found.labels, found.clusters)
+    order = np.argsort(np.where(matched < 0, len(found.classes), matched), kind="stable")
+    counts = confusion(found.labels, found.clusters)
+    return {"metrics": clustering_metrics(found.labels, found.clusters),
+            "clusters": order.tolist(), "rows": list(zip(found.classes, counts[:, order].tolist(),
+                                                         strict=True)),
+            "largest": max(1, int(counts.max()))}
+
+
+def _nearby(share: np.ndarray, cluster: int) -> list[tuple[int, float]]:
+    """The three other clusters that most of a cluster's neighbours lie in, from one percent on."""
+    others = [c for c in np.argsort(-share, kind="stable").tolist() if c != cluster]
+    return [(c, 100 * share[c]) for c in others[:3] if share[c] >= 0.01]
+
+
+def _thumbnails(images: ImageFiles, rows: set[int], size: int) -> dict[int, str]:
+    """Row -> data URI of a JPEG, `size` pixels on its longer side (smaller ones as they are)."""
+    def make(row: int) -> str:
+        image = Image.fromarray(images[row])
+        image.thumbnail((size, size))
+        image.save(file := io.BytesIO(), "JPEG", quality=75)
+        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(rows, pool.map(make, rows), strict=True))
+
+
+def _on_canvas(points, rows, found, thumbnails) -> list[dict]:
+    """Points, 1000 from left to right or less, with cluster, path and, for some, a thumbnail."""
+    low, high = points.min(0), points.max(0)
+    places = 20 + 960 * (points - low) / np.maximum(high - low, 1e-12).max()
+    return [{"x": round(float(x), 1), "y": round(float(y), 1), "cluster": int(found.clusters[row]),
+             "path": found.paths[row], "image": thumbnails.get(int(row))}
+            for (x, y), row in zip(places, rows, strict=True)]
+
+
+def _curve(loss: np.ndarray) -> str:
+    """Points of an SVG line, 300 x 60, through the loss of each epoch."""
+    height = (loss - loss.min()) / max(float(np.ptp(loss)), 1e-12)
+    x = np.linspace(2, 298, len(loss))
+    return " ".join(f"{a:.1f},{58 - 56 * b:.1f}" for a, b in zip(x, height, strict=True))
+
+
+def _command(found) -> str:
+    return (f"python -m tsp_utils cluster {shlex.quote(str(found.folder))} --n-clusters "
+            f"{found.probabilities.shape[1]} --backbone {found.made['backbone']} --seed "
+            f"{found.made['seed']}")
