@@ -125,7 +125,7 @@ def test_shares_of_neighbours_and_chosen_images_by_hand():
     found = type("Found", (), {"clusters": clusters, "probabilities": np.array(
         [[0.5, 0.3], [0.9, 0.1], [0.7, 0.2], [0.4, 0.6], [0.2, 0.8]])})
     assert chosen_images(found, 0, 2) == ([1, 2], [0])
-    assert chosen_images(found, 1, 8) == ([4, 3], [])
+    assert chosen_images(found, 1, 8) == ([4], [3])
 
 
 def odd_files(folder):
@@ -199,6 +199,7 @@ def cases(folder):
         "duplicates only": ([], duplicates),
         "a backbone that is not known": (["--backbone", "dino_vits"], lambda: clothes(20)),
         "results that are there": (["--out", "results"], results),
+        "an --out in the images' folder": (["--out", "photos/results"], lambda: clothes(20)),
         "an --out that is a file": (["--out", "taken"], a_file),
         "a text file named .jpg": ([], text),
         "a PNG of 20,000 x 20,000": ([], bomb),

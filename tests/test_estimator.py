@@ -13,7 +13,14 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
-from tsp_utils import TSPClustering, init_heads, nearest_neighbors, scale_features, train_heads
+from tsp_utils import (
+    TSPClustering,
+    init_heads,
+    load_dataset,
+    nearest_neighbors,
+    scale_features,
+    train_heads,
+)
 from tsp_utils.feature_sets import load_vectors
 from tsp_utils.metrics import confusion
 
@@ -102,6 +109,9 @@ def test_only_the_kept_heads_collapse_is_told():
     (lambda: TSPClustering(2).fit(X[:1]), "1 sample"),
     (lambda: TSPClustering(2).fit(X[:3]), "a minimum of 4 is required"),
     (lambda: TSPClustering(2.5).fit(X), "n_clusters is 2.5; pass a whole number of at least 1"),
+    (lambda: TSPClustering(4, entropy_weight=-1).fit(X), "entropy_weight is -1; pass 0 or more"),
+    (lambda: TSPClustering(4).fit(np.zeros((9, 8, 8, 3))), "TSPClustering takes features"),
+    (lambda: TSPClustering(4).fit(load_dataset("fashion-mnist")), "pass cached_features"),
     (lambda: TSPClustering(4, n_init=0).fit(X), "n_init is 0; pass a whole number"),
     (lambda: TSPClustering(4, init="zeros").fit(X), "pass k-means or random"),
     (lambda: TSPClustering(4, metric="manhattan").fit(X), "pass one of cosine"),

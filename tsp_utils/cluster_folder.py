@@ -28,6 +28,7 @@ from tsp_utils.paths import cache_dir, write_json, write_whole
 
 logger = logging.getLogger(__name__)
 
+ENOUGH = 50  # images a cluster, measured in notebook 09
 FEWEST = 4  # images: Eq. 4 takes the distance to the third neighbour
 SMALL_PX = 64  # a backbone that sees no more than this wastes what a photo shows
 
@@ -72,7 +73,9 @@ def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "patc
     paths = list_images(folder)
     _check_number(folder, len(paths), n_clusters)
     out = Path(out).expanduser() if out else Path("clusters") / folder.resolve().name
-    made_here = _check_out(out, force)
+    if seed < 0:
+        raise ValueError(f"The seed is {seed}: pass 0 or more.")
+    made_here = _check_out(folder, out, force)
     try:
         found = cluster_images(folder, paths, n_clusters, backbone, seed, **settings)
         write_csv(found, out / "clusters.csv")
@@ -93,7 +96,13 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
     network = load_backbone(backbone)
     features, unreadable = _features(network, folder, paths, n_clusters)
     readable = [path for path in paths if path not in unreadable]
-    notes = _advice(network, ImageFiles(folder, readable))
+    notes = [f"{len(unreadable)} of {len(paths)} files could not be read and were skipped; the "
+             f"end of the report names them."] if unreadable else []
+    notes += _advice(network, ImageFiles(folder, readable))
+    if len(readable) < ENOUGH * n_clusters:
+        notes.append(f"{len(readable)} images are about {len(readable) // n_clusters} a cluster: "
+                     f"with fewer than about {ENOUGH} the head was no better than K-means where "
+                     f"we measured it (docs/your_own_images.md).")
     extracted = time.perf_counter()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
@@ -157,8 +166,11 @@ def _check_number(folder: Path, n: int, n_clusters: int, n_unreadable: int = 0) 
                          f"pass at most {n} as --n-clusters.")
 
 
-def _check_out(out: Path, force: bool) -> list[Path]:
+def _check_out(folder: Path, out: Path, force: bool) -> list[Path]:
     """Refuse results that are there and folders that cannot be written, before any work."""
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{out} lies in the folder of the images, which is not to be changed: "
+                         f"pass another folder as --out.")
     there = [out / name for name in ("clusters.csv", "report.html") if (out / name).exists()]
     if there and not force:
         raise FileExistsError(f"{there[0]} is there already: pass --force to replace it, or "

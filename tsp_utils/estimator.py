@@ -52,11 +52,16 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
     def fit(self, X, y=None):
         """Learn the clusters of features X [N, D]; y is ignored. Returns self."""
+        if hasattr(X, "images") or getattr(X, "ndim", 2) == 4:
+            raise ValueError("These are images, and TSPClustering takes features [N, D]; pass "
+                             "cached_features(load_backbone(NAME), images).")
         X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=4)
         for name in ("n_clusters", "n_neighbors", "n_init", "batch_size"):
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} is {value!r}; pass a whole number of at least 1.")
+        if not self.entropy_weight >= 0:
+            raise ValueError(f"entropy_weight is {self.entropy_weight!r}; pass 0 or more, about 3.")
         features = scale_features(X)
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=self.n_init).tolist()
         heads = init_heads(features, self.n_clusters, seeds, self.init)

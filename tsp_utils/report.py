@@ -60,10 +60,10 @@ def neighbor_shares(clusters: np.ndarray, indices: np.ndarray, n_clusters: int) 
 
 
 def chosen_images(found, cluster: int, n: int) -> tuple[list[int], list[int]]:
-    """The n most and the n least probable images of a cluster; no image twice."""
+    """The n most and the n least probable images of a cluster, of few the halves; none twice."""
     members = np.flatnonzero(found.clusters == cluster)
     order = members[np.argsort(-found.probabilities[members, cluster], kind="stable")]
-    sure = order[:n]
+    sure = order[:min(n, -(-len(order) // 2))]
     return sure.tolist(), order[len(sure):][::-1][:n].tolist()
 
 
