@@ -81,14 +81,16 @@ def test_unreadable_files_are_listed_and_skipped_in_every_run(photos, factor):
     for path in photos.iterdir():
         Image.fromarray(np.kron(np.array(Image.open(path)), np.ones((factor, factor), np.uint8))
                         ).save(path)
-    (photos / "broken.jpg").write_text("no image")
+    (photos / "!broken.jpg").write_text("no image")  # the first of them
     whole = photos.joinpath("000.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
     for attempt in range(3):
         out = cluster_folder(photos, 3, force=True, **QUICK)
         assert len(pd.read_csv(out / "clusters.csv")) == 60
         page = (out / "report.html").read_text()
-        assert "broken.jpg is not an image" in page and "cut.png cannot be read" in page
+        assert "!broken.jpg is not an image" in page and "cut.png cannot be read" in page
+        late = list((photos.parent / "cache" / "features").glob("unreadable-*"))
+        assert len(late) == (factor == 3)
         if attempt == 1:  # the note beside the cache is lost: the files are looked at again
             for note in (photos.parent / "cache" / "features").glob("unreadable-*"):
                 note.unlink()

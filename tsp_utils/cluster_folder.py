@@ -125,8 +125,8 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
 def _features(network, folder: Path, paths: list[str], n_clusters: int):
     """Features float32 of the images that can be read, and path -> reason of the others."""
     files, name = ReadableFiles(folder, paths), folder.resolve().name
-    sizes = (max(files[i].shape[:2]) for i in range(len(paths)) if files.paths[i] not in
-             files.unreadable)
+    sizes = (max(image.shape[:2]) for path, image in zip(paths, files, strict=False)
+             if path not in files.unreadable)  # known once the image was asked for
     if next(sizes, 0) <= LARGEST_ARRAY_PX:  # decoded at once, as `load_dataset` does it
         for i in set(range(len(paths))) - files.seen:
             files[i]

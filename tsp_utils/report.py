@@ -30,7 +30,8 @@ def report(found) -> str:
     shown = {c: chosen_images(found, c, max(1, min(EACH, CLUSTER_IMAGES // 2 // len(shares))))
              for c in np.argsort(-sizes, kind="stable")[:CLUSTER_IMAGES // 2].tolist()}
     rows, points = map_points(found.features)
-    hovered = rows[:: max(1, math.ceil(len(rows) / MAP_IMAGES))]
+    step = math.ceil(len(rows) / MAP_IMAGES)
+    hovered = rows[::step]
     images = ImageFiles(found.folder, found.paths)
     in_rows = _thumbnails(images, {i for both in shown.values() for group in both for i in group},
                           CLUSTER_PX)
@@ -44,7 +45,7 @@ def report(found) -> str:
         nearby=[_nearby(share, c) for c, share in enumerate(shares)],
         color=lambda c: PALETTE[c] if len(shares) <= len(PALETTE) else (
             f"hsl({360 * c / len(shares):.0f} {55 + 20 * (c % 2)}% {42 + 8 * (c % 3)}%)"),
-        points=_on_canvas(points, rows, found, on_map),
+        step=step, points=_on_canvas(points, rows, found, on_map),
         curve=_curve(found.history["loss"]), collapse=collapse_figures(found),
         after_the_fact=after_the_fact(found), command=_command(found))
 
