@@ -10,7 +10,15 @@ import pytest
 from scipy import stats
 
 from tsp_utils import claims
-from tsp_utils.claims import CLAIMS, COMPARED_K, RULES, decide, decide_equivalence, holm
+from tsp_utils.claims import (
+    CLAIMS,
+    COMPARED_K,
+    ICBPL_CLAIMS,
+    RULES,
+    decide,
+    decide_equivalence,
+    holm,
+)
 
 PAGE = (Path(__file__).parents[1] / "docs" / "rules.md").read_text(encoding="utf-8")
 
@@ -26,10 +34,11 @@ def test_ids_run_from_c0_to_c12_and_only_known_units_and_scopes_occur():
 
 
 def test_the_page_states_each_claim_with_its_margin_unit_scope_and_seeds():
-    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in PAGE.splitlines() if "| C" in line[:3]]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in PAGE.splitlines()
+            if line.startswith(("| C", "| D"))]
     cells = {row[0].strip(): [cell.strip() for cell in row] for row in rows}
-    assert list(cells) == [c.id for c in CLAIMS]
-    for c in CLAIMS:
+    assert list(cells) == [c.id for c in (*CLAIMS, *ICBPL_CLAIMS)]
+    for c in (*CLAIMS, *ICBPL_CLAIMS):
         assert len(cells[c.id]) == 8
         assert cells[c.id][1].lower() == c.claim.rstrip(".").lower()
         assert cells[c.id][4:] == [str(c.margin), c.unit, c.scope, str(c.n_head or "–")]

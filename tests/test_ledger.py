@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import tsp_utils.ledger as ledger_module
-from tsp_utils.claims import CLAIMS, claim_of
+from tsp_utils.claims import CLAIMS, ICBPL_CLAIMS, claim_of
 from tsp_utils.ledger import (
     COLUMNS,
     Evidence,
@@ -45,12 +45,13 @@ def cell(claim: str, wanted: str = "holds", name: str = "", **changes) -> Eviden
 
 
 @pytest.mark.parametrize("verdict", ["holds", "does not hold", "inconclusive", "not tested"])
-@pytest.mark.parametrize("claim", [claim.id for claim in CLAIMS])
+@pytest.mark.parametrize("claim", [claim.id for claim in (*CLAIMS, *ICBPL_CLAIMS)])
 def test_every_claim_can_reach_every_verdict(claim, verdict):
-    table = ledger([cell(claim, verdict)])
+    claims = CLAIMS if claim.startswith("C") else ICBPL_CLAIMS
+    table = ledger([cell(claim, verdict)], claims)
     row = table[table["id"] == claim].iloc[0]
     assert row["verdict"] == verdict
-    assert list(table.columns) == list(COLUMNS) and len(table) == len(CLAIMS)
+    assert list(table.columns) == list(COLUMNS) and len(table) == len(claims)
     others = table[table["id"] != claim]
     assert (others["verdict"] == "not tested").all() and (others["qualifier"] != "").all()
 
@@ -115,6 +116,9 @@ def test_evidence_comes_back_as_it_was_left(study):
     assert {c.claim: c.verdict for c in found} == {c.claim: c.verdict for c in cells}
     assert list(table["id"]) == ["C9", "C7", "C2"] and table["p_holm"].notna().all()
     pd.testing.assert_frame_equal(ledger(found), ledger(cells))
+    save_evidence(study, "10", [cell("D2")])  # a later notebook's: read apart
+    assert [c.claim for c in read_evidence(study)] == ["C2", "C7", "C9"]
+    assert [c.claim for c in read_evidence(study, ICBPL_CLAIMS)] == ["D2"]
 
 
 def test_evidence_of_other_settings_or_sources_is_named_and_refused(study, monkeypatch):

@@ -11,7 +11,7 @@ ANALOGUE, NOT_HERE = "analogue at 32 px", "not testable here"
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper. `scope` is that of profile `small`; n_head 0: no head is involved."""
+    """One claim of a paper. `scope` is that of profile `small`; n_head 0: no head is involved."""
 
     id: str
     claim: str
@@ -60,9 +60,22 @@ CLAIMS = tuple(Claim(*row) for row in (
 ))  # fmt: skip
 
 
+# The findings of the second system, ICBPL (Zhu, Hu and Wang, 2024, abstract), by the same rules.
+ICBPL_CLAIMS = tuple(Claim(*row) for row in (
+    ("D1", "Fine-tuning improves the clusters.", "ICBPL, finding 1",
+     "ACC, fine-tuned - frozen at the last epoch", 2, "head", ANALOGUE, 5,
+     "last two blocks; at learning rates 1e-4 and 1e-5, or 'holds at ... only'"),
+    ("D2", "Pulling neighbours together improves the clusters.", "ICBPL, finding 2",
+     "ACC, with - without the neighbour pull", 1, "head", ANALOGUE, 10, "on frozen features"),
+    ("D3", "Pulling samples to the nearest fixed centre improves the clusters.", "ICBPL, finding 3",
+     "ACC, with - without the nearest-centre term", 1, "head", ANALOGUE, 10,
+     "on frozen features"),
+))  # fmt: skip
+
+
 def claim_of(claim_id: str) -> Claim:
-    """The claim of that id, C0 to C12."""
-    return next(claim for claim in CLAIMS if claim.id == claim_id)
+    """The claim of that id, C0 to C12 or D1 to D3."""
+    return next(claim for claim in (*CLAIMS, *ICBPL_CLAIMS) if claim.id == claim_id)
 
 
 RULES = {

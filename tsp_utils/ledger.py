@@ -77,17 +77,19 @@ def save_evidence(study, notebook: str, cells: Sequence[Evidence]) -> pd.DataFra
     return table_of(cells)
 
 
-def read_evidence(study) -> list[Evidence]:
-    """All evidence of a profile's run, in the order of the claims.
+def read_evidence(study, claims: Sequence[Claim] = CLAIMS) -> list[Evidence]:
+    """All evidence for these claims in a profile's run, in the claims' order.
 
     Raises FileNotFoundError where there is none, ValueError naming evidence of other settings or
     library sources than this study's: a ledger is of one study.
     """
-    paths = sorted((study.run_dir / "claims").glob("*.json"))
-    if not paths:
+    ids = [claim.id for claim in claims]
+    records = {path: json.loads(path.read_text())
+               for path in sorted((study.run_dir / "claims").glob("*.json"))}
+    records = {path: record for path, record in records.items() if record["claim"] in ids}
+    if not records:
         raise FileNotFoundError(f"There is no evidence of {study.profile} yet; run make reproduce "
                                 f"PROFILE={study.profile.partition('+')[0]} first.")
-    records = {path: json.loads(path.read_text()) for path in paths}
     mixed = [path.name for path, record in records.items() if record["stamp"] != _stamp(study)]
     if mixed:
         raise ValueError(f"Evidence of other settings or other library sources lies in "
@@ -95,7 +97,7 @@ def read_evidence(study) -> list[Evidence]:
                          f"PROFILE={study.profile.partition('+')[0]} again.")
     cells = [Evidence(**{key: value for key, value in record.items() if key != "stamp"})
              for record in records.values()]
-    return sorted(cells, key=lambda cell: (int(cell.claim[1:]), cell.order))
+    return sorted(cells, key=lambda cell: (ids.index(cell.claim), cell.order))
 
 
 def _stamp(study) -> dict:
@@ -113,10 +115,10 @@ def table_of(cells: Sequence[Evidence]) -> pd.DataFrame:
     return table
 
 
-def ledger(cells: Sequence[Evidence]) -> pd.DataFrame:
-    """C0 to C12, one row each, from the evidence of one profile's run; columns COLUMNS."""
+def ledger(cells: Sequence[Evidence], claims: Sequence[Claim] = CLAIMS) -> pd.DataFrame:
+    """C0 to C12 (or these claims), one row each, from one profile's evidence; columns COLUMNS."""
     rows = []
-    for claim in CLAIMS:
+    for claim in claims:
         own = [cell for cell in cells if cell.claim == claim.id]
         if own:
             rows.append(_row(claim, own[0], combine(claim, own)))
@@ -137,7 +139,7 @@ def combine(claim: Claim, cells: Sequence[Evidence]) -> Verdict:
     """One verdict from a claim's cells, by its row in `docs/rules.md`; numbers of the first cell
     (C0, C1: of the one that decides).
 
-    C0, C1: every cell must hold. C3: more than half, and none reversed. C7: both learning rates,
+    C0, C1: every cell must hold. C3: more than half, and none reversed. C7, D1: both learning rates,
     or "at ... only". C6: the first cell decides, and the other budget qualifies. Others: the first.
     """
     verdicts = [cell.verdict for cell in cells]
@@ -160,7 +162,7 @@ def combine(claim: Claim, cells: Sequence[Evidence]) -> Verdict:
                    "does not hold" if lost or won + undecided <= len(tested) / 2 else
                    "inconclusive")
         notes = [f"holds in {won} of {len(tested)} cells, reversed in {lost}", cells[0].note]
-    elif claim.id == "C7" and tested:
+    elif claim.id in ("C7", "D1") and tested:
         at = [cell.cell for cell, verdict in zip(cells, found, strict=True) if verdict == "holds"]
         if at:
             outcome = "holds"
