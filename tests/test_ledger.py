@@ -148,7 +148,20 @@ def test_markdown_and_figure_show_every_claim():
     assert "| 1 x 10 | +4.00 [+3.47, +4.53] |" in text and "**not tested**" in text
     assert {"holds", "does not hold"} <= set(table["verdict"])
     ax = plot_ledger(table, plt.figure().gca())
-    assert [label.get_text() for label in ax.get_yticklabels()] == [c.id for c in CLAIMS]
+    assert [label.get_text().split()[-1] for label in ax.get_yticklabels()] == [
+        c.id for c in CLAIMS]
+    plt.close("all")
+
+
+def test_a_cap_by_another_metric_is_said_and_drawn():
+    import matplotlib.pyplot as plt
+
+    capped = cell("C3", ari=tuple(-0.1 + 0.1 * NOISE))
+    table = ledger([capped])
+    row = table[table["id"] == "C3"].iloc[0]
+    assert row["verdict"] == "inconclusive" and "ARI pointing the other way" in row["qualifier"]
+    texts = [text.get_text() for text in plot_ledger(table, plt.figure().gca()).texts]
+    assert "vit, cifar10; ARI pointing the other way" in texts
     plt.close("all")
 
 

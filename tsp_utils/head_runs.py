@@ -79,7 +79,7 @@ def run_heads(study, fit: FeatureSet, score: FeatureSet) -> HeadRuns:
     settings = settings_of(study, fit) | dict(score=score.fingerprint)
     key = _key(settings)
     path = cache_dir() / "heads" / f"{_file_name(fit)}_{key}.npz"
-    centers, scale = _fit_kmeans(study, fit)
+    centers, scale = fit_kmeans(study, fit)
     arrays = _read_arrays(path)
     was_read = arrays is not None
     if not was_read:
@@ -92,11 +92,12 @@ def run_heads(study, fit: FeatureSet, score: FeatureSet) -> HeadRuns:
             heads, scaled, neighbors, weights=uniform if study.weighting == "uniform" else None,
             entropy_weight=study.entropy_weight, max_epochs=study.max_epochs,
             min_steps=study.min_steps, batch_size=study.batch_size,
-            learning_rate=study.learning_rate, device=_device())
+            learning_rate=study.learning_rate, device=find_device())
         arrays = {f"curve_{name}": curve for name, curve in history.arrays().items()} | {
             f"state_{name}": array.numpy() for name, array in heads.state_dict().items()} | dict(
             seconds=time.perf_counter() - start,
-            made_with=json.dumps(versions() | {"machine": platform.machine(), "device": _device()}))
+            made_with=json.dumps(versions() | {"machine": platform.machine(),
+                                               "device": find_device()}))
         write_whole(path, lambda file: np.savez(file, **arrays))
     curves = {name.removeprefix("curve_"): arrays[name] for name in arrays if "curve_" in name}
     if was_read:  # a collapse is said again, whenever its heads are used
@@ -125,12 +126,12 @@ def _new_heads(study, settings: dict, features: np.ndarray, centers: np.ndarray)
 
 def run_kmeans(study, fit: FeatureSet, score: FeatureSet) -> pd.DataFrame:
     """K-means alone, all seeds of one setting, scored as in `HeadRuns.table`."""
-    centers, scale = _fit_kmeans(study, fit)
+    centers, scale = fit_kmeans(study, fit)
     return score_clusters(study, fit, score, {
         "k-means": lambda x: _nearest_centers(_scaled(x, study.scaling, scale), centers)})
 
 
-def _fit_kmeans(study, fit: FeatureSet) -> tuple[np.ndarray, float]:
+def fit_kmeans(study, fit: FeatureSet) -> tuple[np.ndarray, float]:
     """K-means centres [S, C, D] of the scaled features, all seeds, and the scalar; cached."""
     from tsp_utils.heads import kmeans, scale_features
 
@@ -245,6 +246,6 @@ def source_hash(modules=None) -> str:
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
-def _device() -> str:
+def find_device() -> str:
     import torch
     return "cuda" if torch.cuda.is_available() else "cpu"

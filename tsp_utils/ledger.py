@@ -139,8 +139,9 @@ def combine(claim: Claim, cells: Sequence[Evidence]) -> Verdict:
     """One verdict from a claim's cells, by its row in `docs/rules.md`; numbers of the first cell
     (C0, C1: of the one that decides).
 
-    C0, C1: every cell must hold. C3: more than half, and none reversed. C7, D1: both learning rates,
-    or "at ... only". C6: the first cell decides, and the other budget qualifies. Others: the first.
+    C0, C1: every cell must hold. C3: more than half, and none reversed. C7 and D1: both learning
+    rates, or "at ... only". C6: the first cell decides, and the other budget qualifies. Others:
+    the first.
     """
     verdicts = [cell.verdict for cell in cells]
     first, found = verdicts[0], [verdict.verdict for verdict in verdicts]
@@ -161,7 +162,8 @@ def combine(claim: Claim, cells: Sequence[Evidence]) -> Verdict:
         outcome = ("holds" if won > len(tested) / 2 and not lost else
                    "does not hold" if lost or won + undecided <= len(tested) / 2 else
                    "inconclusive")
-        notes = [f"holds in {won} of {len(tested)} cells, reversed in {lost}", cells[0].note]
+        notes = [f"holds in {won} of {len(tested)} cells, reversed in {lost}",
+                 first.qualifier if "pointing" in first.qualifier else "", cells[0].note]
     elif claim.id in ("C7", "D1") and tested:
         at = [cell.cell for cell, verdict in zip(cells, found, strict=True) if verdict == "holds"]
         if at:

@@ -1,5 +1,7 @@
 """Figures: one style, one palette; every plot_* draws into the axes it is given."""
 
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -41,7 +43,7 @@ def plot_consistency(table: pd.DataFrame, ax=None):
         ax.plot(rows["k"], rows["consistency"], marker="o", markersize=3.5, label=name,
                 color=backbone_color(name))
     ax.set(xlabel="neighbours K", ylabel="label consistency (%)", ylim=(0, 100))
-    ax.legend()
+    ax.legend(fontsize=10)
     return ax
 
 
@@ -112,6 +114,9 @@ def plot_crossover(table: pd.DataFrame, metric: str = "acc", ax=None):
         ax.errorbar(row["n_images"], row[mean], row[std], color="0.35", marker=marker, capsize=3,
                     linestyle="none", label=row["arm"])
     ax.set(xscale="log", xlabel="images learned from", ylabel=f"{metric.upper()} (%)")
+    sizes = sorted({int(n) for n in table["n_images"]})
+    ax.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=35)
+    ax.set_xticks([], minor=True)
     ax.legend(fontsize=9)
     return ax
 
@@ -120,7 +125,7 @@ def plot_confusion(counts: np.ndarray, classes, class_of, ax=None):
     """Row-normalised confusion [n_classes, n_clusters], clusters ordered by their matched class."""
     ax = ax or plt.gca()
     order = np.argsort(np.where(class_of < 0, len(classes), class_of), kind="stable")
-    shares = 100 * counts[:, order] / counts.sum(1, keepdims=True)
+    shares = np.round(100 * counts[:, order] / counts.sum(1, keepdims=True), 6)  # halves stay so
     few = len(classes) <= MOST_NAMED  # else names and numbers would cover each other
     sns.heatmap(shares, ax=ax, cmap="Blues", vmin=0, vmax=100, annot=few, fmt=".0f",
                 annot_kws={"fontsize": 8}, cbar=False, square=True,
@@ -128,14 +133,25 @@ def plot_confusion(counts: np.ndarray, classes, class_of, ax=None):
                 xticklabels=[classes[c] if c >= 0 else "-" for c in class_of[order]] if few
                 else False)
     ax.set(xlabel="cluster, named by its matched class", ylabel="class")
-    ax.tick_params(axis="x", rotation=60)
+    plt.setp(ax.get_xticklabels(), rotation=60, ha="right", rotation_mode="anchor")
     return ax
+
+
+CLAIM_NAMES = {
+    "C0": "above earlier methods", "C1": "ViT over ResNet, abroad", "C2": "neighbours are alike",
+    "C3": "head over K-means", "C4": "larger ViT over smaller", "C5": "ResNet loses more abroad",
+    "C6": "source over target alone", "C7": "frozen over fine-tuned", "C8": "K-means start",
+    "C9": "K hardly matters", "C10": "one layer over two", "C11": "GMM over K-means",
+    "C12": "weighted neighbours", "D1": "fine-tuned over frozen", "D2": "neighbour pull",
+    "D3": "nearest-centre term"}
 
 
 def plot_ledger(table: pd.DataFrame, ax=None):
     """One line a claim: difference and interval, the margin as a bar, the verdict as its colour.
 
-    table: columns id, mean, low, high, rule ("m = 2; ..."), verdict; C0 on top.
+    table: columns id, mean, low, high, rule ("m = 2; ..."), verdict, qualifier, backbone, target;
+    the first claim on top. An equivalence (C9) has a bar at both ends of its band; a verdict that
+    another metric capped says so.
     """
     ax = ax or plt.gca()
     y = np.arange(len(table))[::-1]
@@ -147,9 +163,18 @@ def plot_ledger(table: pd.DataFrame, ax=None):
         ax.errorbar(points["mean"], y[rows], xerr=np.nan_to_num(spread), fmt="o", capsize=3,
                     color=color, label=f"{verdict} ({rows.sum()})")
     ax.scatter(margins, y, marker="|", s=160, color="0.35", linewidths=1.6)
+    both = table["rule"].str.contains("equivalence").to_numpy()
+    ax.scatter(-margins[both], y[both], marker="|", s=160, color="0.35", linewidths=1.6)
     ax.axvline(0, color="0.75", linewidth=1)
-    ax.set(yticks=y, yticklabels=table["id"], xlabel="difference (points)", ylim=(-0.7, y[0] + 0.7))
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set(yticks=y, yticklabels=[f"{CLAIM_NAMES[i]}  {i}" for i in table["id"]],
+           xlabel="difference (points)", ylim=(-0.7, y[0] + 0.7))
+    for (_, row), height in zip(table.fillna("").iterrows(), y, strict=True):
+        capped = re.search(r"[A-Z]{3}( and [A-Z]{3})? pointing the other way", row["qualifier"])
+        where = ", ".join(filter(None, (row["backbone"], row["target"])))
+        ax.text(1.01, height, "; ".join(filter(None, (where, capped and capped[0]))), fontsize=9,
+                color="0.35", va="center", transform=ax.get_yaxis_transform())
+    ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.14), ncols=4, fontsize=9.5,
+              columnspacing=1, handletextpad=0.3)
     return ax
 
 
@@ -165,7 +190,7 @@ def plot_map(points: np.ndarray, groups: np.ndarray, names, ax=None, legend: boo
     ax.grid(False)
     ax.spines[:].set_visible(False)
     if legend and len(names) <= MOST_NAMED:
-        ax.legend(markerscale=3, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.legend(markerscale=3, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import textwrap
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -128,8 +129,9 @@ class Study:
 
     def caption(self, dataset: str, backbone: str, what: str = "") -> str:
         """The line under a figure: data, backbone, protocol, n, and what the +- is."""
-        where = {"all": "fitted and scored on the test images", "split": "fitted on train, scored "
-                 "on test"}[self.protocol]
+        fitted = f"{self.n_fit:,} train images drawn once" if self.n_fit else "train"
+        where = {"all": "fitted and scored on the test images",
+                 "split": f"fitted on {fitted}, scored on test"}[self.protocol]
         return f"{dataset}, {backbone}; {where}" + (f"; {what}" if what else "")
 
     def save_figure(self, figure, name: str, data: pd.DataFrame, caption: str) -> None:
@@ -137,8 +139,9 @@ class Study:
         folder = self.run_dir / "figures"
         folder.mkdir(parents=True, exist_ok=True)
         data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
-        figure.text(0.5, -0.01, caption, ha="center", va="top", fontsize=8, color="0.35", wrap=True)
-        figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight",
+        lines = textwrap.fill(caption, int(13 * figure.get_figwidth()))  # characters an inch
+        figure.text(0.5, -0.01, lines, ha="center", va="top", fontsize=9.5, color="0.25")
+        figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", pad_inches=0.15,
                        metadata={"Software": None})
 
 

@@ -1,0 +1,91 @@
+"""ICBPL's pieces: the simplex, the discrepancy, the start, the terms."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import make_blobs
+from sklearn.metrics.pairwise import rbf_kernel
+
+from tsp_utils import kmeans
+from tsp_utils.heads import scale_features
+from tsp_utils.icbpl import ICBPLHeads, mmd2, simplex_centers
+
+BLOBS, LABELS = make_blobs(300, 16, centers=5, cluster_std=3.0, random_state=0)
+FEATURES = scale_features(BLOBS)
+CENTERS = kmeans(FEATURES, 5, [0, 1]).centers
+
+
+@pytest.mark.parametrize(("n_clusters", "dim"), [(2, None), (3, 2), (10, None), (10, 64),
+                                                  (100, 99)])
+def test_the_simplex_is_regular(n_clusters, dim):
+    corners = simplex_centers(n_clusters, dim)
+    assert corners.shape == (n_clusters, n_clusters - 1 if dim is None else dim)
+    cosines = corners @ corners.T
+    np.testing.assert_allclose(np.diag(cosines), 1, atol=1e-6)
+    off = cosines[~np.eye(n_clusters, dtype=bool)]
+    np.testing.assert_allclose(off, -1 / (n_clusters - 1), atol=1e-6)
+    np.testing.assert_allclose(corners.sum(0), 0, atol=1e-9)
+
+
+def test_too_few_dimensions_or_clusters_are_refused():
+    with pytest.raises(ValueError, match="10 centres with equal angles need 9 dimensions and the "
+                                         "embedding has 8; pass 9 or more"):
+        simplex_centers(10, 8)
+    with pytest.raises(ValueError, match="pass 2 clusters or more"):
+        simplex_centers(1)
+    with pytest.raises(ValueError, match="no term size; its weights are mmd, neighbor, view"):
+        ICBPLHeads(CENTERS, [0, 1], size=1.0)
+
+
+def test_the_discrepancy_of_a_set_with_itself_is_0_and_grows_with_the_distance():
+    corners = torch.as_tensor(simplex_centers(5))
+    tiled = corners.repeat(4, 1)  # 20 points, each centre four times
+    assert mmd2(tiled, corners).item() == pytest.approx(0, abs=1e-12)
+    apart = [mmd2(tiled[: 20 - n].repeat(2, 1)[:20].roll(n, 1) if n else tiled, corners).item()
+             for n in (0, 3)]
+    assert apart[0] < apart[1]
+    collapsed = mmd2(tiled[:1].repeat(20, 1), corners).item()
+    assert collapsed > 0.5
+
+
+def test_the_discrepancy_is_that_of_scikit_learns_kernels():
+    rng = np.random.default_rng(0)
+    z, corners = rng.standard_normal((2, 15, 4)), simplex_centers(5)
+    z /= np.linalg.norm(z, axis=2, keepdims=True)
+    found = mmd2(torch.as_tensor(z), torch.as_tensor(corners))
+    for s in range(2):
+        both = np.concatenate([z[s], np.tile(corners, (3, 1))])  # 15 of each, as the issue says
+        squared = ((both[:, None] - both) ** 2).sum(2)
+        width = squared.sum() / (30 * 29) / 4  # mean over ordered pairs of different members, / 4
+        kernel = sum(rbf_kernel(both, gamma=1 / (width * 2**k)) for k in range(5))
+        expected = kernel[:15, :15].mean() + kernel[15:, 15:].mean() - 2 * kernel[:15, 15:].mean()
+        assert found[s].item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_start_sends_each_k_means_centre_to_its_corner():
+    heads = ICBPLHeads(CENTERS, [0, 1])
+    z = heads.embed(torch.as_tensor(CENTERS, dtype=torch.float32))
+    torch.testing.assert_close(z, heads.corners.expand(2, 5, 4), rtol=1e-4, atol=1e-4)
+    assert (heads(torch.as_tensor(CENTERS, dtype=torch.float32)).argmax(-1)
+            == torch.arange(5)).all()
+    wide = ICBPLHeads(CENTERS, [0, 1], dim=12)
+    assert wide.embed(torch.as_tensor(FEATURES)).shape == (2, 300, 12)
+
+
+def test_the_loss_is_the_sum_of_its_weighted_terms():
+    x, y, v = (torch.as_tensor(FEATURES[i : i + 50]).expand(2, 50, 16) for i in (0, 50, 100))
+    parts = {}
+    for name in ("mmd", "neighbor", "view", "center"):
+        others = {other: 0.0 for other in ("mmd", "neighbor", "view", "center") if other != name}
+        heads = ICBPLHeads(CENTERS, [0, 1], **others | {name: 1.0})
+        parts[name] = heads.loss(x, y, v).detach()
+    heads = ICBPLHeads(CENTERS, [0, 1], mmd=1.0, neighbor=2.0, view=3.0, center=4.0)
+    expected = parts["mmd"] + 2 * parts["neighbor"] + 3 * parts["view"] + 4 * parts["center"]
+    torch.testing.assert_close(heads.loss(x, y, v).detach(), expected)
+    z, zy = heads.embed(x), heads.embed(y)
+    torch.testing.assert_close(parts["neighbor"], (2 - 2 * (z * zy).sum(-1)).mean(-1).detach(),
+                               rtol=1e-4, atol=1e-5)  # |u - v|^2 of unit vectors
+    torch.testing.assert_close(parts["center"], (1 - heads(x).amax(-1)).mean(-1).detach())
+    # No views where there are no images, and no nearest centre before the warm-up is over.
+    early = heads.loss(x, y, None, progress=0.1).detach()
+    torch.testing.assert_close(early, parts["mmd"] + 2 * parts["neighbor"])

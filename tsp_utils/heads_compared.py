@@ -1,0 +1,287 @@
+"""Every head of this literature on the same features: tuned without labels, fitted, scored.
+
+One row a method and seed. `python -m tsp_utils heads` writes the records that ship; notebook 10
+reads them, and runs a few seeds itself.
+"""
+
+import difflib
+import json
+import logging
+import time
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from tsp_utils.baselines import KMEANS, MIXTURE, SPECTRAL, run_baseline
+from tsp_utils.claims import bootstrap_interval, t_interval
+from tsp_utils.feature_sets import FeatureSet
+from tsp_utils.head_runs import (
+    CORE,
+    cached_arrays,
+    find_device,
+    fit_kmeans,
+    settings_of,
+    source_hash,
+    versions,
+)
+from tsp_utils.metrics import clustering_metrics, match_clusters
+from tsp_utils.neighbors import nearest_neighbors
+from tsp_utils.paths import bundled_dir, write_json
+from tsp_utils.rivals import RIVALS, train_rival
+
+logger = logging.getLogger(__name__)
+
+CONSENSUS = "tsp consensus"
+CLUSTERERS = {"k-means": KMEANS[0], "k-means-20": KMEANS[1], "gmm": MIXTURE, "spectral": SPECTRAL}
+ABLATIONS = {"icbpl, no neighbour pull": {"neighbor": 0.0},
+             "icbpl, no nearest centre": {"center": 0.0}, "icbpl, no MMD": {"mmd": 0.0}}
+METHODS = ("k-means", "k-means-20", "spherical k-means", "gmm", "spectral", *RIVALS, CONSENSUS)
+# Each trained method gets the same trials: learning rate x sharpness of the start.
+TRIALS = tuple(product((1e-4, 1e-3), (1.0, 10.0)))
+TRIAL_SEEDS = 3
+ROW_COLUMNS = ("dataset", "backbone", "protocol", "method", "seed", "acc", "nmi", "ari", "n_used",
+               "learning_rate", "sharpness", "against", "against_low", "against_high", "not_run")
+MAX_GMM_OPERATIONS = 1e12  # an iteration of full covariances: N C D^2
+
+
+class FeaturesToCluster:
+    """One feature set of a study, scaled, with K-means' centres and neighbours, each made once."""
+
+    def __init__(self, study, fit: FeatureSet, score: FeatureSet):
+        self.study, self.fit, self.score = study, fit, score
+        self.centers, self.scale = fit_kmeans(study, fit)  # [S, C, D]
+        self.fitted = fit.features * np.float32(self.scale)
+        self.scored = score.features * np.float32(self.scale)
+
+    @cached_property
+    def neighbors(self):
+        return nearest_neighbors(self.fitted, self.study.n_neighbors, self.study.metric)
+
+    def train(self, method: str, n_seeds: int, **settings):
+        """Heads and losses of the first n_seeds seeds, a budget of the study's min_steps."""
+        return train_rival(method, self.fitted, self.neighbors, self.centers[:n_seeds],
+                           range(n_seeds), n_steps=self.study.min_steps,
+                           batch_size=self.study.batch_size, device=find_device(), **settings)
+
+    def cached(self, what: str, settings: dict, make) -> dict:
+        needed = ("n_seeds", "scaling", "dataset", "backbone", "n_clusters", "fit", "sources",
+                  "n_neighbors", "metric", "min_steps", "batch_size")
+        found = settings_of(self.study, self.fit)
+        key = {name: found[name] for name in needed} | settings | dict(
+            score=self.score.fingerprint, rivals=source_hash(("rivals", "icbpl")))
+        return cached_arrays(self.fit, key, what, make)
+
+
+def tune(data: FeaturesToCluster, method: str) -> pd.DataFrame:
+    """All trials of one method, one row each; `chosen` marks one. No label is read.
+
+    Chosen is the lowest final loss (mean over three seeds) among the trials in which no cluster of
+    any seed ended empty; among all where there is none such.
+    """
+    def make() -> dict:
+        rows = []
+        n_seeds = min(TRIAL_SEEDS, data.study.n_seeds)
+        for rate, sharpness in TRIALS:
+            heads, loss = data.train(method, n_seeds, learning_rate=rate, sharpness=sharpness)
+            used = min(len(np.unique(row)) for row in heads.predict(data.fitted))
+            rows.append((rate, sharpness, loss.mean(), used))
+        return {"trials": np.array(rows)}
+
+    found = data.cached("trials", dict(method=method, trials=TRIALS), make)["trials"]
+    table = pd.DataFrame(found, columns=["learning_rate", "sharpness", "loss", "least_used"])
+    full = table["least_used"] == data.centers.shape[1]
+    candidates = table[full] if full.any() else table
+    return table.assign(method=method, chosen=table.index == candidates["loss"].idxmin())
+
+
+def run_head(data: FeaturesToCluster, method: str, **options) -> dict:
+    """One trained method, all seeds, at its tuned settings: clusters [S, N] of the scored images,
+    loss [S], seconds. options go to the head (ICBPL's weights; the full loss's tuning stays)."""
+    chosen = tune(data, method).query("chosen").iloc[0]
+    settings = dict(learning_rate=float(chosen["learning_rate"]),
+                    sharpness=float(chosen["sharpness"]))
+
+    def make() -> dict:
+        start = time.perf_counter()
+        heads, loss = data.train(method, data.study.n_seeds, **settings, **options)
+        seconds = time.perf_counter() - start
+        return dict(clusters=heads.predict(data.scored).astype(np.int16), loss=loss,
+                    seconds=seconds)
+
+    return settings | data.cached("head", dict(method=method) | settings | options, make)
+
+
+def consensus(clusters: np.ndarray, reference: int) -> np.ndarray:
+    """Majority vote [N] of S clusterings [S, N], each matched to the reference one beforehand.
+
+    Ties go to the reference's lower cluster number. No label is read: the reference stands in.
+    """
+    n_clusters = int(clusters.max()) + 1
+    votes = np.zeros((clusters.shape[1], n_clusters), int)
+    for found in clusters:
+        to_reference = match_clusters(clusters[reference], found)[found]
+        rows = np.flatnonzero(to_reference >= 0)
+        votes[rows, to_reference[rows]] += 1
+    return votes.argmax(1)
+
+
+def compare_heads(study, dataset: str, backbone: str, methods=METHODS):
+    """Every method on one feature set -> rows (a method and seed each), trials (all of them).
+
+    rows: dataset, backbone, protocol, method, seed, acc, nmi, ari (percent), n_used (clusters),
+    learning_rate, sharpness, against_low and against_high (the consensus alone), not_run (why; then
+    without numbers). A method that cannot run does not stop the others.
+    """
+    data = FeaturesToCluster(study, *study.fit_and_score(dataset, backbone))
+    where = dict(dataset=dataset, backbone=backbone, protocol=study.protocol)
+    rows, trials = [], []
+    for method in methods:
+        try:
+            found = _scores(data, method)
+        except (ValueError, MemoryError) as error:
+            found = [dict(not_run=str(error) or "not enough memory")]
+        rows += [where | dict(method=method) | row for row in found]
+        if method in RIVALS:
+            trials.append(tune(data, method).assign(**where))
+    return (pd.DataFrame(rows).reindex(columns=ROW_COLUMNS),
+            pd.concat(trials, ignore_index=True) if trials else pd.DataFrame())
+
+
+def _scores(data: FeaturesToCluster, method: str) -> list[dict]:
+    """One row a seed. Raises ValueError, with the reason, where the method cannot run."""
+    study, n_clusters = data.study, data.centers.shape[1]
+    n, dim = data.fitted.shape
+    if method in RIVALS or method in ABLATIONS:
+        found = (run_head(data, method) if method in RIVALS
+                 else run_head(data, "icbpl", **ABLATIONS[method]))
+        how = {name: found[name] for name in ("learning_rate", "sharpness")}
+        return [how | _scored(data, clusters, seed) for seed, clusters in
+                enumerate(found["clusters"])]
+    if method == CONSENSUS:
+        found = run_head(data, "tsp")
+        best = int(found["loss"].argmin())
+        clusters = consensus(found["clusters"], best)
+        right = [match_clusters(data.score.labels, each)[each] == data.score.labels
+                 for each in (clusters, found["clusters"][best])]
+        low, high = bootstrap_interval(100.0 * right[0] - 100.0 * right[1])
+        return [_scored(data, clusters, best)
+                | dict(against=100 * right[1].mean(), against_low=low, against_high=high)]
+    if method == "spherical k-means":
+        def make():
+            return {"clusters": np.stack([_spherical(data.fitted, data.scored, n_clusters, seed)
+                                          for seed in study.seeds])}
+        found = data.cached("clusters", dict(method=method), make)["clusters"]
+        return [_scored(data, clusters, seed) for seed, clusters in enumerate(found)]
+    if method == "gmm" and n < n_clusters * (dim + 1):
+        raise ValueError(f"{n_clusters} full covariances of {dim} dimensions need at least "
+                         f"{n_clusters * (dim + 1)} samples, and there are {n}")
+    if method == "gmm" and n * n_clusters * dim**2 > MAX_GMM_OPERATIONS:
+        raise ValueError(f"full covariances of {dim} dimensions on {n} samples take hours")
+    if method not in CLUSTERERS:
+        near = difflib.get_close_matches(method, METHODS, 1, 0)[0]
+        raise ValueError(f"The method {method!r} is not known; the nearest one is {near!r}, all "
+                         f"are {', '.join(METHODS)}")
+    table = run_baseline(study, data.fit, data.score, CLUSTERERS[method])
+    return table[["seed", "acc", "nmi", "ari"]].to_dict("records")
+
+
+def _scored(data: FeaturesToCluster, clusters: np.ndarray, seed: int) -> dict:
+    scores = clustering_metrics(data.score.labels, clusters)
+    return dict(seed=seed, n_used=len(np.unique(clusters))) | {
+        name: 100 * value for name, value in scores.items()}
+
+
+def _spherical(fitted, scored, n_clusters: int, seed: int) -> np.ndarray:
+    """K-means by cosine, its centres kept at unit length (Dhillon and Modha, 2001): faiss's."""
+    fitted, scored = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+                      for x in (fitted, scored))
+    found = faiss.Kmeans(fitted.shape[1], n_clusters, niter=100, spherical=True, seed=seed + 1,
+                         max_points_per_centroid=len(fitted), min_points_per_centroid=1)
+    found.train(fitted)
+    return (scored @ found.centroids.T).argmax(1)
+
+
+def linear_probe(fit: FeatureSet, score: FeatureSet) -> float:
+    """ACC in percent of logistic regression WITH labels: what a linear head could reach at most.
+
+    Fitted on `fit` and scored on `score`; where both are the same images, by five-fold
+    cross-validation on them.
+    """
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300))
+    if fit.fingerprint == score.fingerprint:
+        predicted = cross_val_predict(model, fit.features, fit.labels, cv=5)
+    else:
+        predicted = model.fit(fit.features, fit.labels).predict(score.features)
+    return 100 * float((predicted == score.labels).mean())
+
+
+def heads_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row a feature set and method: mean and standard deviation (n - 1) over the seeds, and the
+    difference to TSP with its 95 % interval.
+
+    minus_tsp is paired by seed; the consensus is one clustering, so it is set against the head of
+    lowest loss, the interval by a bootstrap over images (`paired_by` says which).
+    """
+    table = []
+    for (dataset, backbone, protocol), cell in rows.groupby(["dataset", "backbone", "protocol"],
+                                                           sort=False):
+        tsp = cell[cell["method"] == "tsp"].set_index("seed")
+        for method, found in cell.groupby("method", sort=False):
+            row = dict(dataset=dataset, backbone=backbone, protocol=protocol, method=method)
+            first = found.iloc[0]
+            if found["acc"].isna().any():
+                table.append(row | dict(n=0, not_run=first["not_run"]))
+                continue
+            row |= {f"{m}_{name}": value for m in ("acc", "nmi", "ari")
+                    for name, value in (("mean", found[m].mean()), ("std", found[m].std()))}
+            row |= dict(n=len(found), n_used=found["n_used"].mean(),
+                        learning_rate=first["learning_rate"], sharpness=first["sharpness"])
+            if method == CONSENSUS:
+                row |= dict(minus_tsp=first["acc"] - first["against"], low=first["against_low"],
+                            high=first["against_high"], paired_by="image")
+            elif method != "tsp" and len(tsp):
+                paired = found.set_index("seed")["acc"] - tsp["acc"]
+                row |= dict(zip(("minus_tsp", "low", "high"), t_interval(paired.dropna()),
+                                strict=True), paired_by="seed")
+            table.append(row)
+    return pd.DataFrame(table).reindex(columns=[
+        "dataset", "backbone", "protocol", "method", "acc_mean", "acc_std", "nmi_mean", "nmi_std",
+        "ari_mean", "ari_std", "n", "minus_tsp", "low", "high", "paired_by", "n_used",
+        "learning_rate", "sharpness", "not_run"])
+
+
+def compared_backbones(study) -> list[str]:
+    """The two backbones whose features the heads are compared on: the default, and a network."""
+    return list(dict.fromkeys((study.default_backbone, *study.vit_and_resnet)))[:2]
+
+
+def records_path() -> Path:
+    return bundled_dir() / "readouts" / "heads.json"
+
+
+def run_heads_compared(profile: str = "offline") -> Path:
+    """All methods, ten seeds, two backbones on every target of the profile; writes the records."""
+    from tsp_utils.study import load_study
+
+    study, rows, trials, probes = load_study(profile), [], [], []
+    for dataset, backbone in product(study.datasets, compared_backbones(study)):
+        found, tried = compare_heads(study, dataset, backbone, (*METHODS, *ABLATIONS))
+        rows, trials = [*rows, found], [*trials, tried]
+        probes.append(dict(dataset=dataset, backbone=backbone, protocol=study.protocol,
+                           acc=linear_probe(*study.fit_and_score(dataset, backbone))))
+        logger.info("%s under %s: done", dataset, backbone)
+    write_json(records_path(), {
+        "made_with": versions() | {"device": find_device()}, "n_steps": study.min_steps,
+        "code": source_hash((*CORE, "baselines", "rivals", "icbpl")), "probes": probes,
+        "trials": json.loads(pd.concat(trials).to_json(orient="records", double_precision=5)),
+        "rows": json.loads(pd.concat(rows).to_json(orient="records", double_precision=4))},
+        indent=1)
+    return records_path()
