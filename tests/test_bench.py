@@ -23,7 +23,7 @@ def test_the_table_has_a_row_each_with_finite_numbers():
     assert lines[2] == "| what | measured | aim | how |"
     assert "make reproduce" in lines[-1]
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
-    assert [len(row) for row in rows] == [4] * 6
+    assert [len(row) for row in rows] == [4] * 7
     for _, measured, _, _ in rows:
         numbers = [float(number) for number in re.findall(r"nan|inf|-?\d+\.?\d*", measured)]
         assert numbers and all(math.isfinite(number) for number in numbers), measured

@@ -164,6 +164,23 @@ def test_dec_is_the_kl_divergence_to_its_sharpened_self():
         np.testing.assert_allclose(found[s], (p * np.log(p / q)).sum(1).mean(), rtol=1e-6)
 
 
+def test_dec_pulls_as_clustpys_does():
+    """Its loss is ours plus a constant, the target's entropy: the gradients agree."""
+    clustpy_dec = pytest.importorskip("clustpy.deep.dec", reason="needs a C compiler: pip install "
+                                      "--no-deps clustpy, as .ci/run does")
+    heads = DECHeads(FEATURES, 5, [0])
+    x = torch.as_tensor(FEATURES)
+    log_q = heads(x[None]).mT
+    RIVALS["dec"].loss(log_q, None, Step(heads, x)).sum().backward()
+    mine = heads.centers.grad[0].clone()
+    centers = heads.centers[0].detach().clone().requires_grad_()
+    z = (x @ heads.weight[0].T + heads.bias[0]).detach()
+    q = clustpy_dec._dec_predict(centers, z, 1.0, None)
+    torch.testing.assert_close(log_q[0].T.exp().detach(), q.detach(), rtol=1e-4, atol=1e-6)
+    clustpy_dec._dec_compression_loss_fn(q).backward()
+    torch.testing.assert_close(mine, centers.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_temi_weighs_the_pointwise_information_of_student_and_teacher():
     heads = init_heads(FEATURES, 5, [0, 1], centers=CENTERS).double()
     x, y = (torch.as_tensor(FEATURES[i : i + 30][None].repeat(2, 0)).double() for i in (0, 30))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -14,14 +15,17 @@ from unittest import mock
 
 import faiss
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from tsp_utils.backbones import load_backbone
 from tsp_utils.datasets import ImageDataset
+from tsp_utils.feature_sets import FeatureSet
 from tsp_utils.features import cached_features, extract_features
 from tsp_utils.heads import init_heads, scale_features, train_heads
+from tsp_utils.heads_compared import METHODS, FeaturesToCluster, scores_of
 from tsp_utils.neighbors import Neighbors, nearest_neighbors, neighbor_weights
 from tsp_utils.paths import REPOSITORY
 from tsp_utils.study import load_study
@@ -39,7 +43,8 @@ def bench(say=print, n: int = 50_000, n_images: int = 2_048, memory_images=(5_00
     parts = [(head_training, n), (neighbor_search, n),
              (extraction, "patch_kmeans", n_images, "300 images/s"),
              (extraction, "vit_mini_random", n_images, "none"),
-             (extraction_memory, memory_backbone, memory_images), (changed_neighbors, profile)]
+             (extraction_memory, memory_backbone, memory_images), (changed_neighbors, profile),
+             (all_heads, n // 5, profile)]
     rows = [part(*arguments) for part, *arguments in tqdm(parts, "bench", leave=False)]
     say(f"{machine()}\n")
     say("| what | measured | aim | how |\n|---|---|---|---|")
@@ -182,11 +187,32 @@ def changed_neighbors(profile: str) -> tuple[str, str, str, str]:
             f"K-means, neighbours, {study.n_seeds} heads and their scores; no figure drawn")
 
 
-def random_clusters(n: int) -> np.ndarray:
-    """C overlapping Gaussian clusters, float32 [n, D]."""
+def all_heads(n: int, profile: str, dim: int = 192) -> tuple[str, str, str, str]:
+    """Every method of notebook 10 once, ten seeds, without its tuning trials."""
+    study = replace(load_study(profile), n_seeds=len(SEEDS), batch_size=BATCH)
+    features, seconds = random_clusters(n, dim), {}
+    found = FeatureSet("bench", "test", "none", features, np.arange(n) % C, ())
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TSP_CACHE=folder):
+        data = FeaturesToCluster(study, found, found)
+        untuned = pd.DataFrame([dict(learning_rate=1e-3, sharpness=1.0, chosen=True)])
+        with mock.patch("tsp_utils.heads_compared.tune", lambda data, method: untuned):
+            for method in tqdm(METHODS, "heads", leave=False):
+                start = time.perf_counter()
+                with suppress(ValueError):  # too few samples for a mixture
+                    scores_of(data, method)
+                    seconds[method] = time.perf_counter() - start
+    slowest = sorted(seconds, key=seconds.get)[-3:][::-1]
+    return (f"all {len(seconds)} heads of notebook 10", f"{sum(seconds.values()):.0f} s", "180 s",
+            f"{n:,} x {dim}, {len(study.seeds)} seeds each, {study.min_steps:,} steps where there "
+            f"are steps, no trials; the longest: "
+            f"{', '.join(f'{name} {seconds[name]:.0f} s' for name in slowest)}")
+
+
+def random_clusters(n: int, dim: int = D) -> np.ndarray:
+    """C overlapping Gaussian clusters, float32 [n, dim]."""
     rng = np.random.default_rng(0)
-    centers = rng.standard_normal((C, D), np.float32)
-    return centers[rng.integers(0, C, n)] + 1.5 * rng.standard_normal((n, D), np.float32)
+    centers = rng.standard_normal((C, dim), np.float32)
+    return centers[rng.integers(0, C, n)] + 1.5 * rng.standard_normal((n, dim), np.float32)
 
 
 def alternate(*functions) -> list[float]:

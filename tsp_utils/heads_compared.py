@@ -145,7 +145,7 @@ def compare_heads(study, dataset: str, backbone: str, methods=METHODS):
     rows, trials = [], []
     for method in methods:
         try:
-            found = _scores(data, method)
+            found = scores_of(data, method)
         except (ValueError, MemoryError) as error:
             found = [dict(not_run=str(error) or "not enough memory")]
         rows += [where | dict(method=method) | row for row in found]
@@ -155,7 +155,7 @@ def compare_heads(study, dataset: str, backbone: str, methods=METHODS):
             pd.concat(trials, ignore_index=True) if trials else pd.DataFrame())
 
 
-def _scores(data: FeaturesToCluster, method: str) -> list[dict]:
+def scores_of(data: FeaturesToCluster, method: str) -> list[dict]:
     """One row a seed. Raises ValueError, with the reason, where the method cannot run."""
     study, n_clusters = data.study, data.centers.shape[1]
     n, dim = data.fitted.shape

@@ -178,6 +178,49 @@ def plot_ledger(table: pd.DataFrame, ax=None):
     return ax
 
 
+def plot_heads(table: pd.DataFrame, order, ax=None, bound: float | None = None):
+    """One line a clustering method on one feature set: mean ACC and standard deviation.
+
+    table: columns method, acc_mean, acc_std (percent); order: the methods, best on top; bound: the
+    linear probe's ACC. Trained heads are red, TSP filled; what has no head is grey.
+    """
+    ax = ax or plt.gca()
+    rows = table.set_index("method").reindex(order)
+    y = np.arange(len(rows))[::-1]
+    for height, (name, row) in zip(y, rows.iterrows(), strict=True):
+        trained = name not in WITHOUT_HEAD
+        color = METHOD_COLORS["head"] if trained else "0.5"
+        ax.errorbar(row["acc_mean"], height, xerr=np.nan_to_num(row["acc_std"]), fmt="o", capsize=2,
+                    color=color, markerfacecolor=color if name == "tsp" else "white")
+    if bound is not None:
+        ax.axvline(bound, color="0.35", linestyle="--", linewidth=1.2)
+        ax.annotate("probe", (bound, y[0] + 0.5), fontsize=9, color="0.35", ha="right", rotation=90,
+                    va="top", xytext=(-2, 0), textcoords="offset points")
+    ax.set(yticks=y, yticklabels=order, xlabel="ACC (%)", ylim=(-0.7, y[0] + 0.7))
+    return ax
+
+
+WITHOUT_HEAD = ("k-means", "k-means-20", "spherical k-means", "gmm", "spectral")
+
+
+def plot_finetuning_map(table: pd.DataFrame, value: str, ax=None):
+    """Loss and batch (rows) by depth and learning rate (columns): change against frozen, points.
+
+    table: columns row, column, <value>, n; cells that were not run stay empty.
+    """
+    ax = ax or plt.gca()
+    wide = table.pivot(index="row", columns="column", values=value)
+    wide = wide.reindex(index=table["row"].unique(), columns=table["column"].unique())
+    n = table.pivot(index="row", columns="column", values="n").reindex_like(wide)
+    text = wide.map("{:+.1f}".format) + n.map(lambda count: f"\nn = {count:.0f}")
+    limit = max(1.0, float(np.nanmax(np.abs(wide.to_numpy()))))
+    sns.heatmap(wide, annot=text.where(wide.notna(), ""), fmt="", cmap="RdBu", vmin=-limit,
+                vmax=limit, ax=ax, annot_kws={"fontsize": 9.5}, cbar=False, linewidths=1)
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(axis="y", rotation=0)
+    return ax
+
+
 def plot_map(points: np.ndarray, groups: np.ndarray, names, ax=None, legend: bool = True):
     """A two-dimensional map [N, 2] coloured by group [N]; no legend for more than twenty names."""
     ax = ax or plt.gca()

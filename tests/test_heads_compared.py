@@ -1,0 +1,151 @@
+"""Every head on the same features: tuning without labels, the table, what could not run."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.metrics import adjusted_rand_score
+
+from tsp_utils import load_study
+from tsp_utils.head_runs import CORE, source_hash
+from tsp_utils.heads_compared import (
+    ABLATIONS,
+    METHODS,
+    TRIALS,
+    FeaturesToCluster,
+    compare_heads,
+    consensus,
+    heads_table,
+    linear_probe,
+    records_path,
+    run_head,
+    scores_of,
+    tune,
+)
+from tsp_utils.rivals import RIVALS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path))
+    return load_study("offline n_images=500 n_seeds=3 min_steps=20 batch_size=64")
+
+
+def test_consensus_is_the_majority_after_matching():
+    truth = np.array([0, 0, 1, 1, 2, 2])
+    first = truth
+    second = np.array([2, 2, 0, 0, 1, 1])  # the same, named differently
+    third = np.array([1, 1, 2, 0, 0, 0])  # one image elsewhere
+    assert adjusted_rand_score(truth, consensus(np.stack([first, second, third]), 0)) == 1
+    np.testing.assert_array_equal(consensus(np.stack([second, first, third]), 0), second)
+    # Two against one, where the reference is the one.
+    odd = np.array([0, 0, 1, 1, 2, 1])
+    np.testing.assert_array_equal(consensus(np.stack([odd, first, second]), 0), truth)
+
+
+def test_all_methods_run_and_a_seed_is_a_row(study):
+    rows, trials = compare_heads(study, "cifar10", "vit_nano_cpu", [*METHODS, *ABLATIONS])
+    missing = rows[rows["acc"].isna()]
+    assert list(missing["method"]) == ["gmm"]
+    assert "need at least 1290 samples, and there are 500" in missing["not_run"].iloc[0]
+    counts = rows.dropna(subset="acc").groupby("method").size()
+    assert (counts.drop("tsp consensus") == 3).all() and counts["tsp consensus"] == 1
+    assert set(trials["method"]) == set(RIVALS)
+    assert (trials.groupby("method").size() == len(TRIALS)).all()
+    assert (trials.groupby("method")["chosen"].sum() == 1).all()
+    used = rows[rows["method"].isin(RIVALS)]
+    for method, own in trials.groupby("method"):
+        full = own[own["least_used"] == 10]
+        best = (full if len(full) else own).sort_values("loss").iloc[0]
+        chosen = used[used["method"] == method].iloc[0]
+        assert (chosen["learning_rate"], chosen["sharpness"]) == (
+            best["learning_rate"], best["sharpness"])
+
+
+def test_labels_shape_no_cluster(study):
+    fit, score = study.fit_and_score("cifar10", "vit_nano_cpu")
+    mixed = [replace(found, labels=np.random.default_rng(0).permutation(found.labels))
+             for found in (fit, score)]
+    true, shuffled = (run_head(FeaturesToCluster(study, *pair), "pica")
+                      for pair in ((fit, score), mixed))
+    np.testing.assert_array_equal(true["clusters"], shuffled["clusters"])
+
+
+def test_an_unknown_method_stops_no_other(study):
+    rows, _ = compare_heads(study, "cifar10", "vit_nano_cpu", ["k-means", "kmeans", "scan"])
+    assert "the nearest one is 'k-means'" in rows.set_index("method").loc["kmeans", "not_run"]
+    assert rows.set_index("method").loc["scan", "acc"].notna().all()
+
+
+def test_spectral_needs_the_images_themselves_and_says_so(study):
+    fit = study.features("cifar10", "vit_nano_cpu")
+    half = replace(fit, features=fit.features[::2], labels=fit.labels[::2])
+    data = FeaturesToCluster(study, half, fit)
+    with pytest.raises(ValueError, match="only clusters the images that it is fitted on"):
+        scores_of(data, "spectral")
+
+
+def test_the_table_pairs_by_seed():
+    rng = np.random.default_rng(0)
+    rows = pd.DataFrame([
+        dict(dataset="d", backbone="b", protocol="all", method=method, seed=seed, acc=acc, nmi=1.0,
+             ari=1.0, n_used=10, learning_rate=1e-3, sharpness=1.0)
+        for method in ("tsp", "scan") for seed, acc in enumerate(rng.normal(30, 1, 10))])
+    rows = pd.concat([rows, pd.DataFrame([
+        dict(dataset="d", backbone="b", protocol="all", method="gmm", not_run="too few")])])
+    table = heads_table(rows).set_index("method")
+    acc = rows.dropna(subset="acc").pivot(index="seed", columns="method", values="acc")
+    interval = stats.ttest_rel(acc["scan"], acc["tsp"]).confidence_interval()
+    assert table.loc["scan", ["low", "high"]].tolist() == pytest.approx(list(interval))
+    assert np.isnan(table.loc["tsp", "minus_tsp"]) and table.loc["gmm", "not_run"] == "too few"
+    assert table.loc["scan", "acc_std"] == pytest.approx(acc["scan"].std())
+
+
+def test_tuning_sets_emptied_clusters_aside(study, monkeypatch):
+    data = FeaturesToCluster(study, *study.fit_and_score("cifar10", "vit_nano_cpu"))
+
+    class Heads:
+        def __init__(self, used):
+            self.used = used
+
+        def predict(self, features):
+            return np.tile(np.arange(len(features)) % self.used, (3, 1))
+
+    losses = {(1e-4, 1.0): (-9.0, 7), (1e-4, 10.0): (-1.0, 10), (1e-3, 1.0): (-2.0, 10),
+              (1e-3, 10.0): (-8.0, 9)}
+
+    def train(method, n_seeds, learning_rate, sharpness):
+        loss, used = losses[learning_rate, sharpness]
+        return Heads(used), np.full(n_seeds, loss)
+
+    monkeypatch.setattr(data, "train", train)
+    chosen = tune(data, "iic").query("chosen").iloc[0]
+    assert (chosen["learning_rate"], chosen["sharpness"]) == (1e-3, 1.0)
+
+
+def test_the_probe_knows_labels_and_keeps_train_and_test_apart(study):
+    fit = study.features("cifar10", "vit_nano_cpu")
+    even, odd = (replace(fit, features=fit.features[i::2], labels=fit.labels[i::2])
+                 for i in (0, 1))
+    across, within = linear_probe(even, odd), linear_probe(fit, fit)
+    assert 20 < across < 80 and 20 < within < 80  # fitted and scored on the same it is near 100
+    shuffled = replace(fit, labels=np.random.default_rng(0).permutation(fit.labels))
+    assert linear_probe(shuffled, shuffled) < 20
+
+
+def test_the_records_that_ship_are_of_these_sources_and_complete():
+    records = json.loads(records_path().read_text())
+    assert records["code"] == source_hash((*CORE, "baselines", "rivals", "icbpl"))
+    rows = pd.DataFrame(records["rows"])
+    assert set(rows["method"]) == {*METHODS, *ABLATIONS}
+    cells = rows.dropna(subset="acc").groupby(["dataset", "backbone", "method"]).size().unstack()
+    assert len(cells) == 4
+    assert (cells.drop(columns="tsp consensus") == 10).all(axis=None)
+    probes = pd.DataFrame(records["probes"]).set_index(["dataset", "backbone"])["acc"]
+    best = rows.groupby(["dataset", "backbone"])["acc"].max()
+    assert (probes > best).all()  # labels are worth something on every feature set
