@@ -18,6 +18,7 @@ from tsp_utils.heads_compared import (
     FeaturesToCluster,
     compare_heads,
     consensus,
+    heads_markdown,
     heads_table,
     linear_probe,
     records_path,
@@ -104,6 +105,11 @@ def test_the_table_pairs_by_seed():
     assert table.loc["scan", ["low", "high"]].tolist() == pytest.approx(list(interval))
     assert np.isnan(table.loc["tsp", "minus_tsp"]) and table.loc["gmm", "not_run"] == "too few"
     assert table.loc["scan", "acc_std"] == pytest.approx(acc["scan"].std())
+    probes = pd.DataFrame([dict(dataset="d", backbone="b", acc=50.0)])
+    lines = heads_markdown(heads_table(rows), probes)
+    tsp, scan = (f"{acc[m].mean():.1f} ± {acc[m].std():.1f}" for m in ("tsp", "scan"))
+    assert f"| tsp | {tsp} |" in lines and f"| scan | {scan} (=) |" in lines
+    assert "| gmm | not run |" in lines and "probe, with labels* | 50.0 |" in lines
 
 
 def test_tuning_sets_emptied_clusters_aside(study, monkeypatch):

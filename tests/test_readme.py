@@ -40,6 +40,15 @@ def test_the_ledger_is_the_committed_one_and_decides_seven_claims():
         assert f"| {row.id}. " in text and f"**{row.verdict}**" in text.split(f"| {row.id}. ")[1]
 
 
+def test_the_tables_of_the_heads_and_of_icbpl_are_the_committed_ones():
+    for mark, name in (("heads", "heads"), ("icbpl", "claims_icbpl")):
+        text = README.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0].strip()
+        assert text == (ROOT / "figures" / "offline" / f"{name}.md").read_text("utf-8").strip()
+    table = pd.read_csv(ROOT / "figures" / "offline" / "heads.csv")
+    assert table["method"].nunique() >= 14
+    assert len(table.groupby(["dataset", "backbone"])) == 4
+
+
 def test_every_target_and_file_it_names_exists():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"make ([a-z-]+)\b", README)) - {"sure"}

@@ -260,6 +260,29 @@ def heads_table(rows: pd.DataFrame) -> pd.DataFrame:
         "learning_rate", "sharpness", "not_run"])
 
 
+def heads_markdown(table: pd.DataFrame, probes: pd.DataFrame) -> str:
+    """`heads_table` as a Markdown table: ACC, a row a method (best mean on top), a column a feature
+    set; (=) where the interval of the difference to TSP contains 0; the linear probe's row below.
+    """
+    cells = list(dict.fromkeys(zip(table["dataset"], table["backbone"], strict=True)))
+    found = {(r.dataset, r.backbone, r.method): r for r in table.itertuples()}
+    order = table.groupby("method")["acc_mean"].mean().sort_values(ascending=False).index
+    lines = ["| head | " + " | ".join(f"{d}, `{b}`" for d, b in cells) + " |",
+             "|---" * (len(cells) + 1) + "|"]
+    for method in order:
+        row = []
+        for cell in cells:
+            r = found[*cell, method]
+            spread = f" ± {r.acc_std:.1f}" if r.acc_std == r.acc_std else ""
+            level = " (=)" if method != "tsp" and r.low <= 0 <= r.high else ""
+            row.append(f"{r.acc_mean:.1f}{spread}{level}" if r.n else "not run")
+        lines.append(f"| {method} | {' | '.join(row)} |")
+    bound = probes.set_index(["dataset", "backbone"])["acc"]
+    lines.append("| *linear probe, with labels* | " + " | ".join(
+        f"{bound[cell]:.1f}" for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def compared_backbones(study) -> list[str]:
     """The two backbones whose features the heads are compared on: the default, and a network."""
     return list(dict.fromkeys((study.default_backbone, *study.vit_and_resnet)))[:2]
