@@ -2,6 +2,7 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
 from tsp_utils import plots
@@ -32,3 +33,20 @@ def test_a_confusion_is_in_percent_of_each_class_with_clusters_in_their_classes_
     np.testing.assert_array_equal(drawn, 100 * np.eye(n))
     assert [text.get_text() for text in ax.get_yticklabels()] == (names if named else [])
     assert len(ax.texts) == (n * n if named else 0)
+
+
+def test_heads_are_drawn_in_the_order_given_and_the_map_leaves_gaps():
+    table = pd.DataFrame(dict(method=["scan", "tsp", "k-means"], acc_mean=[30.0, 31.0, 28.0],
+                              acc_std=[1.0, np.nan, 2.0]))
+    ax = plots.plot_heads(table, ["tsp", "scan", "k-means"], plt.figure().gca(), bound=50.0)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["tsp", "scan", "k-means"]
+    assert list(ax.get_yticks()) == [2, 1, 0]
+    drawn = {round(line.get_xdata()[0], 1) for line in ax.lines if len(line.get_xdata()) == 1}
+    assert {30.0, 31.0, 28.0} <= drawn
+    cells = pd.DataFrame(dict(row=["TSP", "ICBPL"], column=["1 block", "2 blocks"], n=[1, 5],
+                              d=[0.5, -1.5]))
+    ax = plots.plot_finetuning_map(cells, "d", ["1 block", "2 blocks"], plt.figure().gca())
+    texts = [text.get_text() for text in ax.texts]
+    assert "+0.5\nn = 1" in texts and "-1.5\nn = 5" in texts
+    assert len([text for text in texts if text]) == 2
+    plt.close("all")

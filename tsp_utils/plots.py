@@ -203,20 +203,21 @@ def plot_heads(table: pd.DataFrame, order, ax=None, bound: float | None = None):
 WITHOUT_HEAD = ("k-means", "k-means-20", "spherical k-means", "gmm", "spectral")
 
 
-def plot_finetuning_map(table: pd.DataFrame, value: str, ax=None):
+def plot_finetuning_map(table: pd.DataFrame, value: str, columns, ax=None):
     """Loss and batch (rows) by depth and learning rate (columns): change against frozen, points.
 
-    table: columns row, column, <value>, n; cells that were not run stay empty.
+    table: columns row, column, <value>, n; columns: their order; what was not run stays empty.
     """
     ax = ax or plt.gca()
     wide = table.pivot(index="row", columns="column", values=value)
-    wide = wide.reindex(index=table["row"].unique(), columns=table["column"].unique())
+    wide = wide.reindex(index=table["row"].unique(), columns=columns)
     n = table.pivot(index="row", columns="column", values="n").reindex_like(wide)
     text = wide.map("{:+.1f}".format) + n.map(lambda count: f"\nn = {count:.0f}")
-    limit = max(1.0, float(np.nanmax(np.abs(wide.to_numpy()))))
+    limit = max(2.0, float(np.nanmax(np.abs(wide.to_numpy()))))  # half a point is not a colour
     sns.heatmap(wide, annot=text.where(wide.notna(), ""), fmt="", cmap="RdBu", vmin=-limit,
                 vmax=limit, ax=ax, annot_kws={"fontsize": 9.5}, cbar=False, linewidths=1)
     ax.set(xlabel="", ylabel="")
+    ax.grid(False)
     ax.tick_params(axis="y", rotation=0)
     return ax
 
