@@ -149,9 +149,12 @@ def test_the_records_that_ship_are_of_these_sources_and_complete():
     assert records["code"] == source_hash((*CORE, "baselines", "rivals", "icbpl"))
     rows = pd.DataFrame(records["rows"])
     assert set(rows["method"]) == {*METHODS, *ABLATIONS}
-    cells = rows.dropna(subset="acc").groupby(["dataset", "backbone", "method"]).size().unstack()
-    assert len(cells) == 4
-    assert (cells.drop(columns="tsp consensus") == 10).all(axis=None)
+    counts = rows.groupby(["dataset", "backbone", "method"])["acc"].agg(["count", "size"])
+    assert len(counts.groupby(level=[0, 1])) == 4
+    ran = counts[counts["count"] > 0].drop("tsp consensus", level="method")
+    assert (ran["count"] == 10).all()
+    without = rows[rows["acc"].isna()]
+    assert set(without["method"]) <= {"gmm"} and without["not_run"].str.len().min() > 20
     probes = pd.DataFrame(records["probes"]).set_index(["dataset", "backbone"])["acc"]
     best = rows.groupby(["dataset", "backbone"])["acc"].max()
     assert (probes > best).all()  # labels are worth something on every feature set
