@@ -56,7 +56,7 @@ def nnm(a, b, step):
     """Sum over the drawn and the nearest neighbour within the batch, as j, of
     -mean_i log <p_i, p_j> - mean_c log softmax_c'(cos(p_.c, p'_.c'))_c, and -5 H(mean_i p_i).
 
-    NNM: Dang et al. (2021), Sec. 3: global and local matching, consistency and class contrastive
+    NNM: Dang et al. (2021): global and local matching, consistency and class contrastive
     loss. Its neighbours follow the features as they change; ours do not change.
     """
     unit = F.normalize(step.x, dim=-1)
@@ -75,7 +75,7 @@ def temi(a, b, step, beta=0.6, temperature=0.1, momentum=0.996):
     """-1/2 sum over both orders of w log sum_c (s_c(x) t_c(x'))^beta / m_c, with
     w = sum_c t_c(x) t_c(x'); s the student, t its moving average, m the running mean of t.
 
-    TEMI: Adaloglou et al. (2023), Eqs 5 to 8, beta = 0.6, temperature 0.1. Its fifty heads share
+    TEMI: Adaloglou et al. (2023), beta = 0.6, temperature 0.1. Its fifty heads share
     their weights w; ours are independent runs, so each has its own.
     """
     if "teacher" not in step.memory:
@@ -109,7 +109,7 @@ def pica(a, b, step):
     """-mean_c log softmax_c'(cos(p_.c, p'_.c'))_c - 2 H(mean_i p_i): clusters as columns over the
     batch, alike in both views and unlike each other.
 
-    PICA: Huang, Gong and Zhu (2020), Eqs 4 to 7, lambda = 2.
+    PICA: Huang, Gong and Zhu (2020), its partition confidence loss, lambda = 2.
     """
     p = a.softmax(1)
     return _match_columns(p, b.softmax(1)) - 2 * _entropy(p.mean(-1))
@@ -119,7 +119,7 @@ def dac(a, b, step):
     """Mean over chosen pairs of -r log s - (1 - r) log(1 - s), s = cos(p_i, p_k) within the batch;
     r = 1 where s > 0.95 - t, 0 where s < 0.455 + 0.1 t, others left out; t grows until all count.
 
-    DAC: Chang et al. (2017), Eqs 4 to 8. It looks at no neighbour.
+    DAC: Chang et al. (2017). It looks at no neighbour.
     """
     s = _pair_cosines(a)
     t = 0.45 * step.progress
@@ -134,7 +134,7 @@ def dccm(a, b, step):
     in the batch and among the neighbours; pseudo-labels: 5 mean_i v_i (-log p_j[y_i]),
     y_i = argmax p_i, v_i = max p_i.
 
-    DCCM: Wu et al. (2019), Eqs 2 to 6, alpha = 5. Its third part, mutual information of a deep and
+    DCCM: Wu et al. (2019), alpha = 5. Its third part, mutual information of a deep and
     a shallow layer, has no meaning on frozen features.
     """
     s = _pair_cosines(a)
@@ -164,7 +164,7 @@ def cc(a, b, step):
     """Mean over the 2 C columns of -log softmax(cos / 1.0) of the other view's same column among
     all columns but itself, - H(mean_i p_i) - H(mean_j p_j).
 
-    Contrastive clustering, the cluster term: Li et al. (2021), Eqs 4 to 6; no instance term.
+    Contrastive clustering, the cluster term: Li et al. (2021), temperature 1; no instance term.
     """
     p, q = a.softmax(1), b.softmax(1)
     columns = F.normalize(torch.cat([p, q], 1), dim=-1)  # [S, 2C, B]
@@ -181,7 +181,7 @@ def secu(a, b, step, bound=0.4, dual_rate=0.1):
     centre w_y learns, the others stand still. y = argmax_c z_c + d_c on the batch, d the dual
     variables of "each cluster has at least 0.4 N / C samples".
 
-    SeCu: Qian (2023), Eqs 5 and 10 (size constraint). a and b come from `CosineHeads`; the rate of
+    SeCu: Qian (2023), with its size constraint. a and b come from `CosineHeads`; the rate of
     d is ours.
     """
     c = a.shape[1]
