@@ -40,7 +40,8 @@ def parser() -> argparse.ArgumentParser:
     arm.add_argument("--out", default=None, help="folder; default: runs/pretrain/ARM")
     commands.add_parser("dictionary-arms", help="learn and read out the dictionaries of claim C6")
     commands.add_parser("finetune", help="run the fine-tuning of claim C7 again (an hour)")
-    commands.add_parser("heads", help="compare every head again, ten seeds (half an hour)")
+    commands.add_parser("finetune-map", help="run the fine-tuning map of claim D1 again (an hour)")
+    commands.add_parser("heads", help="compare every head again, ten seeds (an hour)")
     bundle = commands.add_parser("bundle", help="put a finished arm into bundled/, with its card")
     bundle.add_argument("arm")
     commands.add_parser("bundle-vectors", help="extract the bundled vectors again")
@@ -93,6 +94,10 @@ def main(arguments) -> int:
         logging.getLogger("tsp_utils.finetuning_runs").setLevel(logging.INFO)
         from tsp_utils.finetuning_runs import run_finetuning
         print(run_finetuning().name)
+    elif args.command == "finetune-map":
+        logging.getLogger("tsp_utils.finetuning_map").setLevel(logging.INFO)
+        from tsp_utils.finetuning_map import run_finetuning_map
+        print(run_finetuning_map().name)
     elif args.command == "heads":
         logging.getLogger("tsp_utils.heads_compared").setLevel(logging.INFO)
         from tsp_utils.heads_compared import run_heads_compared

@@ -142,8 +142,7 @@ CLAIM_NAMES = {
     "C3": "head over K-means", "C4": "larger ViT over smaller", "C5": "ResNet loses more abroad",
     "C6": "source over target alone", "C7": "frozen over fine-tuned", "C8": "K-means start",
     "C9": "K hardly matters", "C10": "one layer over two", "C11": "GMM over K-means",
-    "C12": "weighted neighbours", "D1": "fine-tuned over frozen", "D2": "neighbour pull",
-    "D3": "nearest-centre term"}
+    "C12": "weighted neighbours"}
 
 
 def plot_ledger(table: pd.DataFrame, ax=None):
