@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans
+from sklearn.mixture import GaussianMixture
 
 from tsp_utils.baselines import KMEANS, MIXTURE, REDUCED, SPECTRAL, run_baseline
 from tsp_utils.feature_sets import FeatureSet
+from tsp_utils.heads import scale_features
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.study import load_study
 
@@ -34,6 +36,14 @@ def test_a_mixture_follows_stretched_clusters_and_kmeans_does_not():
     mixture = run_baseline(STUDY, STRIPES, STRIPES, MIXTURE)
     round_cells = run_baseline(STUDY, STRIPES, STRIPES, KMEANS[0])
     assert mixture["acc"].max() > 90 and round_cells["acc"].max() < 75
+
+
+def test_a_mixture_is_fitted_where_float32_is_too_coarse():
+    """256 axes that span five dimensions: rounding alone decides whether Cholesky goes through."""
+    flat = made_of(RNG.normal(0, 1, (400, 5)) @ RNG.normal(0, 1, (5, 256)), LABELS)
+    with pytest.raises(ValueError, match="covariance"):
+        GaussianMixture(2, random_state=0).fit(scale_features(flat.features))
+    assert len(run_baseline(STUDY, flat, flat, MIXTURE)) == STUDY.n_seeds
 
 
 def test_twenty_starts_are_scikit_learns_best():

@@ -68,7 +68,8 @@ def _clusters(method: str, fitted, scored, n_clusters: int, seed: int) -> np.nda
     if method in REDUCED:
         axes = PCA(min(32, fitted.shape[1]), random_state=0).fit(fitted)
         fitted, scored = axes.transform(fitted), axes.transform(scored)
-    if "mixture" in method:
+    if "mixture" in method:  # float32 ends in "ill-defined empirical covariance" on our patches
+        fitted, scored = fitted.astype(np.float64), scored.astype(np.float64)
         return GaussianMixture(n_clusters, random_state=seed).fit(fitted).predict(scored)
     starts = 20 if "20 starts" in method else 1
     return KMeans(n_clusters, n_init=starts, random_state=seed).fit(fitted).predict(scored)
