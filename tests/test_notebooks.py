@@ -134,7 +134,7 @@ def test_readings_state_numbers():
     assert len(stating) >= 3
 
 
-@pytest.mark.parametrize("number", ["01", "02", "03", "04", "05", "06", "07", "08"])
+@pytest.mark.parametrize("number", [f"{i:02d}" for i in range(1, 11)])
 def test_exercises_and_their_solutions_at_the_end(number):
     paths = [path for path in PATHS if path.stem.startswith(number)]
     if not paths:

@@ -1,4 +1,4 @@
-"""The README says what the figures say, and names commands that exist."""
+"""The README and the guide say what the figures say, and name commands that exist."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "your_own_images.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("profile", ["offline", "small"])
@@ -47,6 +48,20 @@ def test_the_tables_of_the_heads_and_of_icbpl_are_the_committed_ones():
     table = pd.read_csv(ROOT / "figures" / "offline" / "heads.csv")
     assert table["method"].nunique() >= 14
     assert len(table.groupby(["dataset", "backbone"])) == 4
+
+
+def test_the_guide_s_figures_are_notebook_09_s():
+    numbers, uneven, few = (pd.read_csv(ROOT / "figures" / "offline" / f"09_{name}.csv")
+                            for name in ("numbers", "uneven", "few"))
+    for r in numbers.itertuples(index=False):
+        assert re.search(rf"^\| {r.clusters}\b.*\| {r.largest}, {r.smallest} \| {r[3]:.0f} % \| "
+                         rf"{r.nmi:.1f} \| {r.ari:.1f} \|$", GUIDE, re.M), r
+    for r in uneven.dropna().itertuples():  # the last row is the classes themselves
+        assert re.search(rf"^\| {r.entropy_weight:g}\b.*\| {r.largest}, {r.smallest} \| {r.nmi:.1f} "
+                         rf"\| {r.ari:.1f} \|$", GUIDE, re.M), r
+    for r in few.to_dict("records"):
+        assert re.search(rf"{r['acc']:.1f} to {r['k-means acc']:.1f}\s+with\s+{r['images']:,g}\b",
+                         GUIDE), r
 
 
 def test_every_target_and_file_it_names_exists():
