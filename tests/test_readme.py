@@ -53,12 +53,13 @@ def test_the_tables_of_the_heads_and_of_icbpl_are_the_committed_ones():
 def test_the_guide_s_figures_are_notebook_09_s():
     numbers, uneven, few = (pd.read_csv(ROOT / "figures" / "offline" / f"09_{name}.csv")
                             for name in ("numbers", "uneven", "few"))
-    for r in numbers.itertuples(index=False):
-        assert re.search(rf"^\| {r.clusters}\b.*\| {r.largest}, {r.smallest} \| {r[3]:.0f} % \| "
-                         rf"{r.nmi:.1f} \| {r.ari:.1f} \|$", GUIDE, re.M), r
-    for r in uneven.dropna().itertuples():  # the last row is the classes themselves
-        assert re.search(rf"^\| {r.entropy_weight:g}\b.*\| {r.largest}, {r.smallest} \| {r.nmi:.1f} "
-                         rf"\| {r.ari:.1f} \|$", GUIDE, re.M), r
+    for r in numbers.to_dict("records"):
+        assert re.search(rf"^\| {r['clusters']}\b.*\| {r['largest']}, {r['smallest']} \| "
+                         rf"{r['mean probability']:.0f} % \| {r['nmi']:.1f} \| {r['ari']:.1f} \|$",
+                         GUIDE, re.M), r
+    for r in uneven.dropna().to_dict("records"):  # the last row is the classes themselves
+        assert re.search(rf"^\| {r['entropy_weight']:g}\b.*\| {r['largest']}, {r['smallest']} \| "
+                         rf"{r['nmi']:.1f} \| {r['ari']:.1f} \|$", GUIDE, re.M), r
     for r in few.to_dict("records"):
         assert re.search(rf"{r['acc']:.1f} to {r['k-means acc']:.1f}\s+with\s+{r['images']:,g}\b",
                          GUIDE), r
