@@ -36,11 +36,14 @@ def test_a_confusion_is_in_percent_of_each_class_with_clusters_in_their_classes_
 
 
 def test_heads_are_drawn_in_the_order_given_and_the_map_leaves_gaps():
-    table = pd.DataFrame(dict(method=["scan", "tsp", "k-means"], acc_mean=[30.0, 31.0, 28.0],
-                              acc_std=[1.0, np.nan, 2.0]))
-    ax = plots.plot_heads(table, ["tsp", "scan", "k-means"], plt.figure().gca(), bound=50.0)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["tsp", "scan", "k-means"]
-    assert list(ax.get_yticks()) == [2, 1, 0]
+    table = pd.DataFrame(dict(method=["scan", "tsp", "k-means", "gmm"],
+                              acc_mean=[30.0, 31.0, 28.0, np.nan],
+                              acc_std=[1.0, np.nan, 2.0, np.nan]))
+    order = ["tsp", "scan", "k-means", "gmm"]
+    ax = plots.plot_heads(table, order, plt.figure().gca(), bound=50.0)
+    assert [label.get_text() for label in ax.get_yticklabels()] == order
+    assert list(ax.get_yticks()) == [3, 2, 1, 0]
+    assert [text.xy[1] for text in ax.texts if text.get_text() == "not run"] == [0]
     drawn = {round(line.get_xdata()[0], 1) for line in ax.lines if len(line.get_xdata()) == 1}
     assert {30.0, 31.0, 28.0} <= drawn
     cells = pd.DataFrame(dict(row=["TSP", "ICBPL"], column=["1 block", "2 blocks"], n=[1, 5],
