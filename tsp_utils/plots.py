@@ -181,12 +181,17 @@ def plot_heads(table: pd.DataFrame, order, ax=None, bound: float | None = None):
     """One line a clustering method on one feature set: mean ACC and standard deviation.
 
     table: columns method, acc_mean, acc_std (percent); order: the methods, best on top; bound: the
-    linear probe's ACC. Trained heads are red, TSP filled; what has no head is grey.
+    linear probe's ACC. Trained heads are red, TSP filled; what has no head is grey. A method
+    without numbers gets the words "not run" at the left edge.
     """
     ax = ax or plt.gca()
     rows = table.set_index("method").reindex(order)
     y = np.arange(len(rows))[::-1]
     for height, (name, row) in zip(y, rows.iterrows(), strict=True):
+        if np.isnan(row["acc_mean"]):
+            ax.annotate("not run", (0, height), xycoords=("axes fraction", "data"), fontsize=9,
+                        color="0.5", va="center", xytext=(4, 0), textcoords="offset points")
+            continue
         trained = name not in WITHOUT_HEAD
         color = METHOD_COLORS["head"] if trained else "0.5"
         ax.errorbar(row["acc_mean"], height, xerr=np.nan_to_num(row["acc_std"]), fmt="o", capsize=2,
