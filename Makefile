@@ -25,7 +25,8 @@ reproduce: $(VENV_STAMP)  ## run every notebook: PROFILE=offline|small|paper, SE
 
 test: $(VENV_STAMP)  ## lint, unit tests, and nbval over the committed notebooks
 	@$(PYTHON) -m ruff check .
-	@$(PYTHON) -m pytest tests notebooks --nbval-lax --nbval-cell-timeout=1800
+	@$(PYTHON) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+	@$(PYTHON) -m pytest notebooks --nbval-lax --nbval-cell-timeout=1800
 
 notebooks: $(VENV_STAMP)  ## open the notebooks in JupyterLab
 	@$(PYTHON) -m jupyterlab notebooks

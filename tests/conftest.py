@@ -17,6 +17,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
 # nbval reads a cell's messages when the cell has ended, and only the first thousand are kept for
 # it: bars that move ten times a second would push out the message that says "done".
 os.environ.setdefault("TQDM_MININTERVAL", "5")
+# Workers of pytest-xdist share the cores: threads that wait for each other cost more than they win.
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that the other worker does all the rest meanwhile."""
+    items.sort(key=lambda item: "test_paper_rehearsal" not in item.nodeid)
 
 
 @pytest.fixture(scope="module")
