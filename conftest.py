@@ -1,11 +1,11 @@
-"""What every test and every nbval kernel needs, whatever the working directory."""
+"""What every test in tests/ and every nbval kernel of notebooks/ needs."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent
 
 # Kernels start in notebooks/: relative folders would mean another place, and the package may not be
 # installed (PYTHON=python).
