@@ -20,13 +20,14 @@ help:  ## list the targets
 
 setup: $(VENV_STAMP)  ## create .venv from requirements.lock (once; skipped when it is there)
 
-reproduce: $(VENV_STAMP)  ## run every notebook: PROFILE=offline|small|paper, SET="key=value ...", FORCE=1
-	@$(PYTHON) -m tsp_utils reproduce --profile "$(PROFILE)" $(if $(SET),--set $(SET)) $(if $(FORCE),--force)
+reproduce: $(VENV_STAMP)  ## run every notebook: PROFILE=offline|small|paper, SET="key=value ...", FORCE=1, JOBS=1
+	@$(PYTHON) -m tsp_utils reproduce --profile "$(PROFILE)" $(if $(SET),--set $(SET)) $(if $(FORCE),--force) $(if $(JOBS),--jobs $(JOBS))
 
-test: $(VENV_STAMP)  ## lint, unit tests, and nbval over the committed notebooks
+test: $(VENV_STAMP)  ## lint, unit tests, and nbval over the committed notebooks (08 reads the others' evidence)
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
-	@$(PYTHON) -m pytest notebooks --nbval-lax --nbval-cell-timeout=1800
+	@$(PYTHON) -m pytest notebooks --nbval-lax --nbval-cell-timeout=1800 --ignore-glob='*/08_*' -n 2 --dist loadfile
+	@$(PYTHON) -m pytest notebooks/08_* --nbval-lax --nbval-cell-timeout=1800
 
 notebooks: $(VENV_STAMP)  ## open the notebooks in JupyterLab
 	@$(PYTHON) -m jupyterlab notebooks

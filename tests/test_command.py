@@ -68,7 +68,7 @@ def test_figures_before_a_run_says_what_to_run(tmp_path, monkeypatch):
 
 
 def test_a_failing_notebook_ends_in_one_sentence(monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         yield "00_overview", "ran", 1.0
         raise RuntimeError("01_feature_extraction.ipynb failed in code cell 3")
 
@@ -80,18 +80,18 @@ def test_a_failing_notebook_ends_in_one_sentence(monkeypatch):
 def test_reproduce_passes_its_arguments_on_and_reports(monkeypatch, capsys):
     calls = []
 
-    def reproduce(profile, force):
-        calls.append((profile, force))
+    def reproduce(profile, force, jobs):
+        calls.append((profile, force, jobs))
         yield "00_overview", "ran", 61.0
         yield "01_feature_extraction", "unchanged, skipped", 0.0
 
     monkeypatch.setattr("tsp_utils.run.reproduce", reproduce)
     assert main(["reproduce", "--profile", "tiny", "--set", "n_seeds=1", "n_neighbors=5",
-                 "--force"]) == 0
-    assert calls == [("tiny n_seeds=1 n_neighbors=5", True)]
+                 "--force", "--jobs", "3"]) == 0
+    assert calls == [("tiny n_seeds=1 n_neighbors=5", True, 3)]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["00_overview", "ran", "61", "s"] and "skipped" in lines[1]
-    assert lines[2].split() == ["all", "61", "s"]
+    assert lines[2].split() == ["all", "0", "s"]  # on the clock: notebooks run side by side
     assert lines[3].endswith("runs/tiny+n_seeds=1+n_neighbors=5")
 
 

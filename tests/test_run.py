@@ -2,11 +2,13 @@
 
 import json
 import os
-import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
-import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -27,14 +29,14 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def executed(monkeypatch) -> list:
-    """Stands for papermill: copies the notebook and keeps (name, parameters)."""
+    """Stands for papermill: copies the notebook and keeps (name, profile)."""
     calls = []
 
-    def execute(path, out, parameters, **_):
-        calls.append((Path(path).stem, parameters))
-        shutil.copy(path, out)
+    def execute(path, out, profile, n_threads, messages):
+        calls.append((path.stem, profile))
+        return subprocess.Popen(["cp", str(path), str(out)])
 
-    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    monkeypatch.setattr(run, "_papermill", execute)
     return calls
 
 
@@ -49,8 +51,9 @@ def write_notebook(folder: Path, name: str, *sources: str) -> Path:
     return folder / f"{name}.ipynb"
 
 
-def what_happened(profile="tiny", folder=None, **options) -> list[tuple[str, str]]:
-    return [(name, what) for name, what, _ in reproduce(profile, folder=folder, **options)]
+def what_happened(profile="tiny", folder=None, jobs=1, **options) -> list[tuple[str, str]]:
+    steps = reproduce(profile, folder=folder, jobs=jobs, **options)
+    return [(name, what) for name, what, _ in steps]
 
 
 def run_dir(folder: Path, profile="tiny") -> Path:
@@ -74,7 +77,7 @@ def test_notebooks_run_in_order_fail_by_name_and_resume(folder):
     write_notebook(folder, "02_third", note % "third:")
     write_notebook(folder, "draft", note % "draft:")  # no number, no part of the study
 
-    steps = reproduce("tiny", folder=folder)
+    steps = reproduce("tiny", folder=folder, jobs=1)
     assert next(steps)[:2] == ("00_first", RAN)
     # Papermill's injected cell is not the reader's: the failing one is the third of the source.
     with pytest.raises(RuntimeError, match=r"^01_second\.ipynb failed in code cell 3: ValueError: "
@@ -97,7 +100,7 @@ def test_second_time_skips_and_force_runs_again(folder, executed):
     for name in ("00_a", "01_b"):
         write_notebook(folder, name, "1 + 1")
     assert what_happened(folder=folder) == [("00_a", RAN), ("01_b", RAN)]
-    assert executed == [("00_a", {"profile": "tiny"}), ("01_b", {"profile": "tiny"})]
+    assert executed == [("00_a", "tiny"), ("01_b", "tiny")]
     assert what_happened(folder=folder) == [("00_a", SKIPPED), ("01_b", SKIPPED)]
     assert what_happened(folder=folder, force=True) == [("00_a", RAN), ("01_b", RAN)]
     assert len(executed) == 4
@@ -144,7 +147,7 @@ def test_a_changed_profile_library_or_bundled_file_runs_again(folder, executed, 
     monkeypatch.setattr(run, "bundled_dir", lambda: bundled)
     assert what_happened(folder=folder) == [("00_a", RAN)]
     assert what_happened("tiny n_neighbors=5", folder=folder) == [("00_a", RAN)]
-    assert executed[-1] == ("00_a", {"profile": "tiny n_neighbors=5"})
+    assert executed[-1] == ("00_a", "tiny n_neighbors=5")
     assert run_dir(folder, "tiny+n_neighbors=5").is_dir()
     assert what_happened(folder=folder) == [("00_a", SKIPPED)]
 
@@ -167,29 +170,119 @@ def test_images_that_moved_to_another_class_folder_run_again(folder, executed):
     assert what_happened(folder=folder) == [("00_a", RAN)]
 
 
-def test_an_interruption_leaves_no_partial(folder, monkeypatch):
-    write_notebook(folder, "00_a", "1 + 1")
+def test_two_run_side_by_side_and_a_reader_of_evidence_waits(folder):
+    """With kernels: each of the first two goes on only when it has seen the other begin."""
+    here = folder.parent
+    meet = ("import pathlib, time\n"
+            "here = pathlib.Path({here!r})\n"
+            "(here / '{mine}').touch()\n"
+            "while not (here / '{other}').exists():\n    time.sleep(0.1)\n"
+            "time.sleep({pause})\n"
+            "(here / '{mine}.ended').touch()")
+    write_notebook(folder, "00_a", meet.format(here=str(here), mine="a", other="b", pause=2))
+    write_notebook(folder, "01_b", meet.format(here=str(here), mine="b", other="a", pause=0))
+    write_notebook(folder, "02_c", "# read_evidence(study)\n"
+                   f"import pathlib\nhere = pathlib.Path({str(here)!r})\n"
+                   "assert all((here / f'{name}.ended').exists() for name in 'ab')")
+    write_notebook(folder, "03_d", "1 + 1")
+    happened = what_happened(folder=folder, jobs=2)
+    assert sorted(happened) == [(name, RAN) for name in ("00_a", "01_b", "02_c", "03_d")]
+    assert [name for name, _ in happened].index("02_c") >= 2
 
-    def interrupted(path, out, parameters, **_):
-        shutil.copy(path, out)
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(papermill, "execute_notebook", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_less_than_one_notebook_at_a_time_is_refused(folder):
+    with pytest.raises(ValueError, match="0 notebooks side by side cannot run; pass at least 1"):
+        what_happened(folder=folder, jobs=0)
+
+
+def test_threads_are_shared_out_and_one_notebook_alone_has_them_all(folder, monkeypatch):
+    given = {}
+
+    def execute(path, out, profile, n_threads, messages):
+        given[path.stem] = n_threads
+        return subprocess.Popen(["cp", str(path), str(out)])
+
+    monkeypatch.setattr(run, "_papermill", execute)
+    monkeypatch.setattr(run.joblib, "cpu_count", lambda: 9)
+    for name in ("00_a", "01_b"):
+        write_notebook(folder, name, "1 + 1")
+    write_notebook(folder, "02_c", "# read_evidence(study)")
+    what_happened(folder=folder, jobs=2)
+    assert given == {"00_a": 4, "01_b": 4, "02_c": 9}
+
+
+def started(folder: Path, name: str) -> tuple[Path, str]:
+    """A notebook that says its kernel's process number in a file and goes on for minutes."""
+    sign = folder.parent / f"{name}.pid"
+    return sign, (f"import os, pathlib, time\nsign = pathlib.Path({str(sign)!r})\n"
+                  "sign.with_suffix('.new').write_text(str(os.getpid()))\n"
+                  "sign.with_suffix('.new').rename(sign)\ntime.sleep(300)")
+
+
+def wait_until(is_so, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "this did not happen"
+        time.sleep(0.1)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs (one that ended and was not collected does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are read from /proc")
+def test_a_failure_stops_what_runs_beside_it(folder):
+    sign, source = started(folder, "00_a")
+    write_notebook(folder, "00_a", source)
+    write_notebook(folder, "01_b", f"import os, time\nwhile not os.path.exists({str(sign)!r}):\n"
+                                   "    time.sleep(0.1)\n1 / 0")
+    with pytest.raises(RuntimeError, match=r"^01_b\.ipynb failed in code cell 2: ZeroDivision"):
+        what_happened(folder=folder, jobs=2)
+    wait_until(lambda: not is_alive(int(sign.read_text())))
+    assert {path.name for path in run_dir(folder).iterdir()} == {"01_b.failed.ipynb"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are read from /proc")
+def test_an_interruption_ends_the_kernels_and_leaves_no_partial(folder):
+    """Ctrl-C, as a terminal sends it: to every process of the group."""
+    sign, source = started(folder, "00_a")
+    write_notebook(folder, "00_a", source)
+    code = ("import pathlib, sys, tsp_utils.study, tsp_utils.run\n"
+            "tsp_utils.study.runs_dir = lambda: pathlib.Path(sys.argv[1]) / 'runs'\n"
+            "list(tsp_utils.run.reproduce('tiny', folder=pathlib.Path(sys.argv[2])))")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder.parent), str(folder)], cwd=run.REPOSITORY,
+        start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(sign.exists)
+        os.killpg(process.pid, signal.SIGINT)
+        assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+    wait_until(lambda: not is_alive(int(sign.read_text())))
+    assert not list(run_dir(folder).iterdir())
+
+
+def test_a_kernel_that_dies_is_named(folder):
+    write_notebook(folder, "00_a", "import os\nos.kill(os.getpid(), 9)")
+    with pytest.raises(RuntimeError, match=r"^00_a\.ipynb stopped because its kernel died.*memory"):
         what_happened(folder=folder)
     assert not list(run_dir(folder).iterdir())
 
 
-def test_a_kernel_that_dies_is_named(folder, monkeypatch):
-    from nbclient.exceptions import DeadKernelError
-    write_notebook(folder, "00_a", "1 + 1")
-
-    def dies(*_, **__):
-        raise DeadKernelError("Kernel died")
-
-    monkeypatch.setattr(papermill, "execute_notebook", dies)
-    with pytest.raises(RuntimeError, match=r"^00_a\.ipynb stopped because its kernel died.*memory"):
+def test_a_notebook_that_cannot_be_run_says_why(folder):
+    (folder / "00_a.ipynb").write_text("{ torn")
+    with pytest.raises((RuntimeError, ValueError)):
         what_happened(folder=folder)
+    path = write_notebook(folder, "00_a", "1 + 1")
+    path.write_text(path.read_text().replace('"nbformat": 4', '"nbformat": 99'))
+    with pytest.raises(RuntimeError, match=r"^00_a\.ipynb could not be run: "):
+        what_happened(folder=folder)
+    assert not list(run_dir(folder).iterdir())
 
 
 def test_kernels_find_package_and_folders_from_where_they_work(folder, executed, monkeypatch):
@@ -245,7 +338,7 @@ def test_publishing_copies_a_finished_run_and_says_what_is_missing(folder, execu
         publish_figures("tiny")
     assert not (tmp_path / "figures").exists()
 
-    list(reproduce("tiny", folder=folder))
+    what_happened(folder=folder)
     figures = run_dir(folder) / "figures"
     figures.mkdir()
     for name in ("00_a_curve.png", "00_a_curve.csv", "01_b_sheet_local.png"):

@@ -5,6 +5,7 @@ Standard library only until the environment is known to be there, so that a bare
 
 import argparse
 import sys
+import time
 
 from tsp_utils import environment
 
@@ -18,6 +19,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides",
                      help="override settings of the profile; the run gets a folder of its own")
     run.add_argument("--force", action="store_true", help="run again what did not change")
+    run.add_argument("--jobs", type=int, default=None, metavar="N",
+                     help="notebooks side by side: by default 2, with a GPU 1")
     cluster = commands.add_parser("cluster", help="cluster a folder of images")
     cluster.add_argument("folder", help="images, nested or flat, of any size; it is not changed")
     cluster.add_argument("--n-clusters", type=int, required=True, help="yours to choose; required")
@@ -63,7 +66,7 @@ def main(arguments) -> int:
     warnings.filterwarnings("ignore", module="papermill|zmq|traitlets")
     if args.command == "reproduce":
         from tsp_utils.run import reproduce
-        report(reproduce(" ".join([args.profile, *args.overrides]), args.force))
+        report(reproduce(" ".join([args.profile, *args.overrides]), args.force, jobs=args.jobs))
         print(f"executed notebooks and figures: runs/{run_folder(args)}")
         if args.profile == "paper":
             return report_against_paper(" ".join([args.profile, *args.overrides]))
@@ -133,11 +136,10 @@ def run_folder(args) -> str:
 
 
 def report(steps) -> None:
-    total = 0.0
+    start = time.perf_counter()
     for name, what, seconds in steps:
-        total += seconds
         print(f"{name:28s} {what:20s} {seconds:6.0f} s", flush=True)
-    print(f"{'all':28s} {'':20s} {total:6.0f} s")
+    print(f"{'all':28s} {'':20s} {time.perf_counter() - start:6.0f} s")
 
 
 if __name__ == "__main__":

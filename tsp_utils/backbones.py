@@ -141,8 +141,10 @@ class Backbone:
     @torch.inference_mode()
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """What `prepare` gave -> float32 [B,D] on the CPU."""
+        # On a CPU few images at a time, so that what lies between two layers fits its cache.
+        parts = x.split(64) if self.device.type == "cpu" else [x.to(self.device)]
         with torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
-            features = self.model(x.to(self.device))  # [B,D]
+            features = torch.cat([self.model(part) for part in parts])  # [B,D]
         self.dim = features.shape[1]
         return features.float().cpu()
 

@@ -131,7 +131,7 @@ def ledger(cells: Sequence[Evidence], claims: Sequence[Claim] = CLAIMS) -> pd.Da
 
 NOT_MEASURED = {
     "C0": "only in `paper`, with the official networks at 224 px",
-    "C11": "only in `small`: mixtures with full covariances of all dimensions take minutes",
+    "C11": "only in `small`; notebook 10 reads other mixtures from its records",
 }
 
 

@@ -5,10 +5,16 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
-from tsp_utils.head_runs import source_hash
+import joblib
+
+from tsp_utils.head_runs import find_device, source_hash
 from tsp_utils.paths import REPOSITORY, bundled_dir, cache_dir, data_dir
 from tsp_utils.study import Study, load_study
 
@@ -21,52 +27,112 @@ def notebook_paths(folder: Path = NOTEBOOKS) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9][0-9]_*.ipynb"))
 
 
-def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS):
+def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS,
+              jobs: int | None = None):
     """Run every notebook of a profile into its run folder; yields (name, what happened, seconds).
 
+    `jobs` notebooks run side by side, each on its share of the cores: two, or one where they would
+    share a GPU or a single core. One that reads the others' evidence waits for all before it.
     A notebook is skipped when its executed copy carries the same hash (its source, the profile, the
-    library's sources, the data at hand). Raises RuntimeError naming the first cell that fails;
-    the executed copies that are finished stay.
+    library's sources, the data at hand). Raises RuntimeError naming the first cell that fails: what
+    is still running then is stopped, the executed copies that are finished stay.
     """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"{jobs} notebooks side by side cannot run; pass at least 1.")
     study = load_study(profile)
     study.run_dir.mkdir(parents=True, exist_ok=True)
     _prepare_kernels()
-    for path in notebook_paths(folder):
-        wanted = notebook_hash(path, study)
-        executed = study.run_dir / path.name
-        if not force and _hash_of(executed) == wanted:
-            yield path.stem, "unchanged, skipped", 0.0
-            continue
-        start, began = time.perf_counter(), time.time()
-        partial = study.run_dir / f".{path.stem}.partial.ipynb"
+    n_cores = joblib.cpu_count()
+    jobs = jobs or (1 if n_cores == 1 or find_device() != "cpu" else 2)
+    waiting, running = notebook_paths(folder), {}
+    try:
+        while waiting or running:
+            path = next((path for path in waiting if not _reads_evidence(path)
+                         or all(path.name <= other.name for other in [*waiting, *running])), None)
+            ended = next((path for path in running if running[path].process.poll() is not None),
+                         None)
+            if ended is not None:
+                yield ended.stem, "ran", running.pop(ended).finish()
+            elif path is not None and len(running) < jobs:
+                waiting.remove(path)
+                wanted = notebook_hash(path, study)
+                if not force and _hash_of(study.run_dir / path.name) == wanted:
+                    yield path.stem, "unchanged, skipped", 0.0
+                else:
+                    alone = not running and not waiting
+                    n_threads = n_cores if alone else max(1, n_cores // jobs)
+                    running[path] = _Execution(path, profile, study.run_dir, wanted, n_threads)
+            else:
+                time.sleep(0.1)
+    finally:
+        for execution in running.values():
+            execution.stop()
+
+
+class _Execution:
+    """A notebook that papermill runs in a process of its own, until it is finished or stopped."""
+
+    def __init__(self, path: Path, profile: str, run_dir: Path, wanted: str, n_threads: int):
+        self.path, self.run_dir, self.wanted = path, run_dir, wanted
+        self.executed = run_dir / path.name
+        self.partial = run_dir / f".{path.stem}.partial.ipynb"
+        self.messages = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
+        self.start, self.began = time.perf_counter(), time.time()
+        self.process = _papermill(path, self.partial, profile, n_threads, self.messages)
+
+    def finish(self) -> float:
+        """Put the executed copy in its place; returns the seconds, raises RuntimeError."""
+        seconds = time.perf_counter() - self.start
+        failed, name = self.executed.with_suffix(".failed.ipynb"), self.path.name
         try:
-            papermill.execute_notebook(
-                path, partial, {"profile": profile}, cwd=str(folder), kernel_name="python3",
-                progress_bar=False, request_save_on_cell_execute=False, extra_arguments=QUIET)
-            _mark(partial, wanted)
-            partial.replace(executed)
-        except PapermillExecutionError as error:
-            failed = executed.with_suffix(".failed.ipynb")
-            partial.replace(failed)
-            raise RuntimeError(
-                f"{path.name} failed in code cell {_cell_number(failed, error.exec_count)}: "
-                f"{_first_line(error)} (all of it: {_relative(failed)}); finished notebooks were "
-                f"kept, the same command resumes here.") from None
-        except DeadKernelError:
-            raise RuntimeError(f"{path.name} stopped because its kernel died, most often for want "
-                               f"of memory; the same command resumes here.") from None
+            if self.process.returncode == 0:
+                _mark(self.partial, self.wanted)
+                self.partial.replace(self.executed)
+                failed.unlink(missing_ok=True)
+                self._remove_old_figures()
+                return seconds
+            self.messages.seek(0)
+            last = self.messages.read().decode(errors="replace").strip().split("\n")[-1]
+            if "DeadKernelError" in last:
+                raise RuntimeError(f"{name} stopped because its kernel died, most often for want "
+                                   f"of memory; the same command resumes here.")
+            if (cell := _failed_cell(self.partial)) is None:
+                raise RuntimeError(f"{name} could not be run: {last}")
+            self.partial.replace(failed)
+            raise RuntimeError(f"{name} failed in code cell {cell} (all of it: "
+                               f"{_relative(failed)}); finished notebooks were kept, the same "
+                               f"command resumes here.")
         finally:
-            partial.unlink(missing_ok=True)
-        executed.with_suffix(".failed.ipynb").unlink(missing_ok=True)
+            self.partial.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """End the process and its kernel, leaving nothing half-written."""
+        self.process.send_signal(signal.SIGINT)  # papermill ends its kernel then
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.partial.unlink(missing_ok=True)
+
+    def _remove_old_figures(self) -> None:
+        """Of an earlier run, which drew something else."""
         for kind in ("figures", "claims"):
-            for old in (study.run_dir / kind).glob(f"{path.stem[:2]}_*"):
-                if old.stat().st_mtime < began - 2:  # of an earlier run that drew something else
+            for old in (self.run_dir / kind).glob(f"{self.path.stem[:2]}_*"):
+                if old.stat().st_mtime < self.began - 2:
                     old.unlink()
-        yield path.stem, "ran", time.perf_counter() - start
+
+
+def _papermill(path: Path, out: Path, profile: str, n_threads: int, messages) -> subprocess.Popen:
+    """Start papermill on a notebook, with so many threads; what it says goes to `messages`."""
+    # Threads beyond the cores wait for each other by spinning: ten times slower, measured.
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS",
+                             "LOKY_MAX_CPU_COUNT"), str(n_threads))
+    return subprocess.Popen(
+        [sys.executable, "-m", "papermill", str(path), str(out), "-r", "profile", profile,
+         "--kernel", "python3", "--cwd", str(path.parent), "--no-progress-bar",
+         "--no-request-save-on-cell-execute"],
+        env=threads | os.environ, stdout=messages, stderr=messages)
 
 
 def _prepare_kernels() -> None:
@@ -78,17 +144,24 @@ def _prepare_kernels() -> None:
     os.environ["TSP_CACHE"] = os.path.abspath(cache_dir())
 
 
-def _cell_number(executed: Path, exec_count: int | None) -> int | str:
-    """The failed code cell's number in the source, which lacks the parameters papermill injects."""
-    cells = [cell for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"]
-             if cell["cell_type"] == "code"
-             and "injected-parameters" not in cell["metadata"].get("tags", [])]
-    return next((number for number, cell in enumerate(cells, 1)
-                 if exec_count is not None and cell["execution_count"] == exec_count), "?")
+def _failed_cell(executed: Path) -> str | None:
+    """The failed code cell's number in the source, which lacks papermill's own, and its error."""
+    try:
+        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError):
+        return None
+    number = 0
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            number += "injected-parameters" not in cell["metadata"].get("tags", [])
+            for output in cell["outputs"]:
+                if output["output_type"] == "error":
+                    return f"{number}: {_first_line(output['ename'], output['evalue'])}"
+    return None
 
 
-def _first_line(error) -> str:
-    return f"{error.ename}: {error.evalue}".strip().split("\n")[0]
+def _first_line(name: str, message: str) -> str:
+    return f"{name}: {message}".strip().split("\n")[0]
 
 
 def _relative(path: Path) -> str:
@@ -102,12 +175,17 @@ def notebook_hash(path: Path, study: Study) -> str:
     parts = [source, repr(study), source_hash(), _stamp_of(bundled_dir(), content=True)]
     parts += [_stamp_of(data_dir() / name) for name in study.datasets
               if not study.uses_vectors(name)]
-    if "read_evidence" in str(source):  # it reads what the notebooks before it left
+    if _reads_evidence(path):
         parts += [hashlib.sha256(left.read_bytes()).hexdigest()
                   for folder in ("claims", "figures")
                   for left in sorted((study.run_dir / folder).glob("[0-9][0-9]_*.[cj]s*"))
                   if left.name[:2] < path.name[:2]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _reads_evidence(path: Path) -> bool:
+    """Whether a notebook reads what those before it left: all claims, not some of its own."""
+    return "read_evidence(study)" in path.read_text(encoding="utf-8")
 
 
 def _stamp_of(folder: Path, content: bool = False) -> list:
@@ -154,9 +232,9 @@ def refresh(folder: Path = NOTEBOOKS):
         try:
             client.execute()
         except CellExecutionError as error:
-            number = client.code_cells_executed
-            raise RuntimeError(f"{path.name} failed in code cell {number}: {_first_line(error)}; "
-                               f"it was left as it is.") from None
+            what = _first_line(error.ename, error.evalue)
+            raise RuntimeError(f"{path.name} failed in code cell {client.code_cells_executed}: "
+                               f"{what}; it was left as it is.") from None
         except DeadKernelError:
             raise RuntimeError(f"{path.name} stopped because its kernel died, most often for want "
                                f"of memory; it was left as it is.") from None
