@@ -1,5 +1,6 @@
 """A profile: read, refused, overridden; and a run of the tiny one, with the record it leaves."""
 
+import ast
 import errno
 import json
 import os
@@ -15,10 +16,10 @@ from threadpoolctl import threadpool_limits
 
 from tsp_utils import clustering_metrics, heads, load_backbone, load_dataset
 from tsp_utils.feature_sets import draw_rows, load_vectors
-from tsp_utils.head_runs import run_heads, summarise
+from tsp_utils.head_runs import code_alone, run_heads, source_hash, summarise
 from tsp_utils.heads import scale_features
 from tsp_utils.image_folders import find_images, read_images
-from tsp_utils.paths import REPOSITORY, data_dir
+from tsp_utils.paths import PACKAGE, REPOSITORY, data_dir
 from tsp_utils.study import Study, load_study
 
 pytestmark = pytest.mark.filterwarnings("ignore:Collapse")  # a few steps on a few images
@@ -208,6 +209,47 @@ def test_changed_features_or_sources_train_again(tiny, trainings, monkeypatch):
     monkeypatch.setattr("tsp_utils.head_runs.source_hash", lambda modules=None: "other")
     run_heads(tiny, found, found)
     assert len(trainings) == 3
+
+
+def test_comments_and_docstrings_do_not_count_as_code_and_all_else_does(tmp_path, monkeypatch):
+    source = '''"""A module."""
+
+# why
+X = "# no comment"  # but this is
+
+
+def f(a):
+    """One line.
+
+    # and more
+    """
+    b = """text, no docstring"""
+    return f"{a}#{b}"
+'''
+    assert code_alone(source) == ('X = "# no comment"\n'
+                                  "def f(a):\n"
+                                  '    b = """text, no docstring"""\n'
+                                  '    return f"{a}#{b}"')
+    monkeypatch.setattr("tsp_utils.head_runs.PACKAGE", tmp_path)
+
+    def hash_of(text: str) -> str:
+        (tmp_path / "module.py").write_text(text, encoding="utf-8")
+        return source_hash(("module",))
+
+    assert hash_of(source.replace("One line", "Another line — with a dash")) == hash_of(source)
+    for old, new in (("text, no", "Text, no"), ("#{b}", "# {b}"), ("# no comment", "# comment")):
+        assert hash_of(source.replace(old, new)) != hash_of(source)
+
+
+def test_what_is_left_of_every_module_does_the_same():
+    """Its syntax tree is the module's, less the docstrings."""
+    for path in sorted(PACKAGE.glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                node.body = node.body[ast.get_docstring(node) is not None:]
+        assert ast.dump(ast.parse(code_alone(source))) == ast.dump(tree), path.name
 
 
 def test_a_damaged_cache_is_trained_again(tiny, trainings):

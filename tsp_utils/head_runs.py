@@ -4,12 +4,15 @@ A run depends on a study's settings, on the fitted features and on the library s
 and score: its files are named by a hash of these.
 """
 
+import ast
 import hashlib
+import io
 import json
 import logging
 import platform
 import re
 import time
+import tokenize
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -240,10 +243,26 @@ def versions() -> dict[str, str]:
 
 
 def source_hash(modules=None) -> str:
-    """Hash of library sources: of the named modules, or of all."""
+    """Hash of library sources, of the named modules or of all: comments and docstrings left out."""
     paths = sorted(PACKAGE.glob("*.py")) if modules is None else [
         PACKAGE / f"{name}.py" for name in modules]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()[:16]
+    codes = [code_alone(path.read_text(encoding="utf-8")) for path in paths]
+    return hashlib.sha256("\0".join(codes).encode()).hexdigest()[:16]
+
+
+def code_alone(source: str) -> str:
+    """Python source without comments, docstrings and empty lines: what can change a number."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            text = node.body[0]
+            lines[text.lineno - 1:text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def find_device() -> str:
