@@ -84,16 +84,35 @@ def test_unreadable_files_are_listed_and_skipped_in_every_run(photos, factor):
     (photos / "!broken.jpg").write_text("no image")  # the first of them
     whole = photos.joinpath("000.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "gone.png").symlink_to("nowhere.png")
     for attempt in range(3):
         out = cluster_folder(photos, 3, force=True, **QUICK)
         assert len(pd.read_csv(out / "clusters.csv")) == 60
         page = (out / "report.html").read_text()
         assert "!broken.jpg is not an image" in page and "cut.png cannot be read" in page
+        assert "gone.png cannot be read" in page
         late = list((photos.parent / "cache" / "features").glob("unreadable-*"))
         assert len(late) == (factor == 3)
         if attempt == 1:  # the note beside the cache is lost: the files are looked at again
             for note in (photos.parent / "cache" / "features").glob("unreadable-*"):
                 note.unlink()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+@pytest.mark.parametrize("factor", [1, 3])
+def test_a_name_that_is_not_utf_8_is_written_as_it_is(photos, factor):
+    for path in photos.iterdir():
+        Image.open(path).resize((28 * factor, 28 * factor)).save(path)
+    odd = b"caf\xe9.png"
+    os.rename(photos / "000.png", os.path.join(os.fsencode(photos), odd))
+    out = cluster_folder(photos, 3, **QUICK)
+    assert odd in (out / "clusters.csv").read_bytes()
+    assert r"caf\udce9.png" in (out / "report.html").read_text("utf-8")
+
+
+def test_pixels_without_weights_are_a_backbone_too(photos):
+    out = cluster_folder(photos, 3, backbone="pixels", **QUICK)
+    assert len(pd.read_csv(out / "clusters.csv")) == 60
 
 
 def test_the_command_and_three_lines_of_python_are_the_same(photos):

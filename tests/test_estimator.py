@@ -102,6 +102,22 @@ def test_only_the_kept_heads_collapse_is_told():
     assert len(told) == (fitted.history_["n_nonempty"][-1] < 4)
 
 
+def test_a_collapse_is_one_of_the_finished_head_on_all_samples():
+    """While it moves, on the batches of an epoch, a head may leave out clusters that it has."""
+    moving = []
+    for seed in range(12):
+        few = np.random.default_rng(seed).standard_normal((60, 5))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fitted = TSPClustering(20, **QUICK | {"random_state": seed}).fit(few)
+        sizes = np.bincount(fitted.labels_)
+        assert fitted.history_["n_nonempty"][-1] == (sizes > 0).sum()
+        assert fitted.history_["largest_share"][-1] == pytest.approx(sizes.max() / 60)
+        assert not [w for w in caught if "Collapse" in str(w.message)] and (sizes > 0).all()
+        moving.append(fitted.history_["n_nonempty"][-2])  # an epoch as training counts it
+    assert min(moving) < 20
+
+
 @pytest.mark.parametrize("make, sentence", [
     (lambda: TSPClustering(4).fit(np.zeros((50, 3))), "All features are 0"),
     (lambda: TSPClustering(10).fit(X[:8]), "8 samples cannot make 10 clusters; pass at most 8"),

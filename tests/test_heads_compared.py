@@ -11,6 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from tsp_utils import load_study
 from tsp_utils.head_runs import CORE, source_hash
+from tsp_utils.heads import scale_features
 from tsp_utils.heads_compared import (
     ABLATIONS,
     METHODS,
@@ -68,13 +69,26 @@ def test_all_methods_run_and_a_seed_is_a_row(study):
             best["learning_rate"], best["sharpness"])
 
 
-def test_labels_shape_no_cluster(study):
+def test_labels_shape_no_cluster(study, tmp_path, monkeypatch):
     fit, score = study.fit_and_score("cifar10", "vit_nano_cpu")
     mixed = [replace(found, labels=np.random.default_rng(0).permutation(found.labels))
              for found in (fit, score)]
-    true, shuffled = (run_head(FeaturesToCluster(study, *pair), "pica")
-                      for pair in ((fit, score), mixed))
-    np.testing.assert_array_equal(true["clusters"], shuffled["clusters"])
+    found, trainings, train = [], [], FeaturesToCluster.train
+    monkeypatch.setattr(FeaturesToCluster, "train",
+                        lambda *args, **settings: trainings.append(1) or train(*args, **settings))
+    for name, pair in (("true", (fit, score)), ("shuffled", mixed)):
+        monkeypatch.setenv("TSP_CACHE", str(tmp_path / name))  # else the second would be read back
+        found.append(run_head(FeaturesToCluster(study, *pair), "pica")["clusters"])
+        assert len(trainings) == 5 * len(found)  # four trials and the heads
+    np.testing.assert_array_equal(*found)
+
+
+def test_every_scaling_reaches_the_heads(study):
+    fit, score = study.fit_and_score("cifar10", "patch_kmeans")
+    for scaling in ("l2", "mean-norm", "raw"):
+        data = FeaturesToCluster(replace(study, scaling=scaling), fit, score)
+        np.testing.assert_allclose(data.fitted, scale_features(fit.features, scaling), rtol=1e-5)
+        np.testing.assert_allclose(data.scored, scale_features(score.features, scaling), rtol=1e-5)
 
 
 def test_an_unknown_method_stops_no_other(study):

@@ -211,6 +211,15 @@ def test_threads_are_shared_out_and_one_notebook_alone_has_them_all(folder, monk
     assert given == {"00_a": 4, "01_b": 4, "02_c": 9}
 
 
+def test_the_users_own_number_of_threads_counts_where_it_is_smaller(monkeypatch):
+    given = {}
+    monkeypatch.setattr(run.subprocess, "Popen", lambda command, env, **_: given.update(env))
+    for wanted, share, expected in (("1", 4, "1"), ("8", 4, "4"), ("", 4, "4"), ("all", 4, "4")):
+        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+        run._papermill(Path("00_a.ipynb"), Path("out.ipynb"), "tiny", share, None)
+        assert given["OMP_NUM_THREADS"] == expected and given["LOKY_MAX_CPU_COUNT"] == "4"
+
+
 def started(folder: Path, name: str) -> tuple[Path, str]:
     """A notebook that says its kernel's process number in a file and goes on for minutes."""
     sign = folder.parent / f"{name}.pid"
@@ -247,11 +256,13 @@ def test_a_failure_stops_what_runs_beside_it(folder):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are read from /proc")
-def test_an_interruption_ends_the_kernels_and_leaves_no_partial(folder):
-    """Ctrl-C, as a terminal sends it: to every process of the group."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_ends_the_kernels_and_leaves_no_partial(folder, number):
+    """Ctrl-C, as a terminal sends it, to every process of the group; kill, to the first alone."""
     sign, source = started(folder, "00_a")
     write_notebook(folder, "00_a", source)
     code = ("import pathlib, sys, tsp_utils.study, tsp_utils.run\n"
+            "tsp_utils.run.stop_when_terminated()\n"
             "tsp_utils.study.runs_dir = lambda: pathlib.Path(sys.argv[1]) / 'runs'\n"
             "list(tsp_utils.run.reproduce('tiny', folder=pathlib.Path(sys.argv[2])))")
     process = subprocess.Popen(
@@ -259,8 +270,9 @@ def test_an_interruption_ends_the_kernels_and_leaves_no_partial(folder):
         start_new_session=True, stderr=subprocess.PIPE, text=True)
     try:
         wait_until(sign.exists)
-        os.killpg(process.pid, signal.SIGINT)
-        assert "KeyboardInterrupt" in process.communicate(timeout=30)[1]
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        said = process.communicate(timeout=30)[1]
+        assert "KeyboardInterrupt" in said or process.returncode == 128 + number
     finally:
         process.kill()
     wait_until(lambda: not is_alive(int(sign.read_text())))

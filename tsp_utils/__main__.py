@@ -65,7 +65,8 @@ def main(arguments) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", module="papermill|zmq|traitlets")
     if args.command == "reproduce":
-        from tsp_utils.run import reproduce
+        from tsp_utils.run import reproduce, stop_when_terminated
+        stop_when_terminated()
         report(reproduce(" ".join([args.profile, *args.overrides]), args.force, jobs=args.jobs))
         print(f"executed notebooks and figures: runs/{run_folder(args)}")
         if args.profile == "paper":

@@ -28,6 +28,7 @@ SPECTRAL = "spectral, 20 neighbours"
 def run_baseline(study, fit: FeatureSet, score: FeatureSet, method: str) -> pd.DataFrame:
     """Clusters of `score` by one fitted on `fit`, a run a seed, in `HeadRuns.table`'s form.
 
+    Features are scaled by one scalar ("mean-norm"), whatever the study's scaling.
     Raises ValueError for an unknown method, and for spectral clustering, which cannot place images
     that it was not fitted on, where `score` is another feature set than `fit`.
     """

@@ -79,7 +79,7 @@ def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "patc
     try:
         found = cluster_images(folder, paths, n_clusters, backbone, seed, **settings)
         write_csv(found, out / "clusters.csv")
-        page = report(found).encode()
+        page = report(found).encode("utf-8", "backslashreplace")
         write_whole(out / "report.html", lambda file: file.write(page))
     except BaseException:
         for made in made_here:  # only folders that are still empty can be removed
@@ -115,7 +115,7 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
     return FolderClusters(
         folder, tuple(readable), features, model.labels_, model.predict_proba(features), neighbors,
         model.history_, labels, classes, unreadable, notes,
-        {"backbone": backbone, "weights": network.describe()["weights_sha256"][:16],
+        {"backbone": backbone, "weights": (network.describe()["weights_sha256"] or "none")[:16],
          "seed": seed, "settings": model.get_params() | {"random_state": seed},
          "seconds": {"features": round(extracted - start, 1),
                      "clusters": round(time.perf_counter() - extracted, 1)},
@@ -148,7 +148,7 @@ def write_csv(found: FolderClusters, path: Path) -> None:
     table = pd.DataFrame({
         "path": found.paths, "cluster": found.clusters,
         "probability": found.probabilities[np.arange(len(found.paths)), found.clusters].round(4)})
-    content = table.to_csv(index=False).encode()
+    content = table.to_csv(index=False).encode("utf-8", "surrogateescape")  # names as they are
     write_whole(path, lambda file: file.write(content))
 
 

@@ -93,8 +93,9 @@ class ImageDataset:
         digest = hashlib.sha256()
         if isinstance(self.images, ImageFiles):
             for path in self.images.paths:
-                content = (self.images.folder / path).read_bytes()
-                digest.update(f"{path}\0{len(content)}\0".encode() + content)
+                content = self.images.read_bytes(path)
+                name = f"{path}\0{len(content)}\0"
+                digest.update(name.encode("utf-8", "surrogateescape") + content)
         else:
             digest.update(str(self.images.shape).encode())
             for start in range(0, len(self), 1000):  # a chunk, as the array may be a view

@@ -78,14 +78,19 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 learning_rate=self.learning_rate, device=device, progress=False).arrays()
         self.losses_ = curves["loss"][-1]
         kept = int(self.losses_.argmin())
-        warn_of_collapse({name: curve[:, [kept]] for name, curve in curves.items()}, [seeds[kept]],
-                         self.n_clusters, self.entropy_weight)
         self.history_ = {name: curve[:, kept] for name, curve in curves.items()}
         longest = int(np.square(X, dtype=np.float64).sum(1).argmax())
         self.scale_ = float(np.linalg.norm(features[longest]) / np.linalg.norm(X[longest]))
         self.coef_ = heads.weight[kept].detach().numpy().astype(np.float64) * self.scale_
         self.intercept_ = heads.bias[kept].detach().numpy().astype(np.float64)
         self.labels_ = self._logits(X).argmax(1)
+        # An epoch counts while the head still moves, and drops what fills no batch: the last
+        # entries are those of the finished head on all samples.
+        sizes = np.bincount(self.labels_, minlength=self.n_clusters)
+        self.history_["n_nonempty"][-1] = (sizes > 0).sum()
+        self.history_["largest_share"][-1] = sizes.max() / len(X)
+        warn_of_collapse({name: curve[:, None] for name, curve in self.history_.items()},
+                         [seeds[kept]], self.n_clusters, self.entropy_weight)
         return self
 
     def _usable_neighbors(self, n_samples: int) -> int:

@@ -52,7 +52,7 @@ class HeadRuns:
 
     def scaled(self, features) -> np.ndarray:
         """Features [N, D] by the scalar that was learned from the fitted ones."""
-        return _scaled(features, self.settings["scaling"], self.scale)
+        return apply_scaling(features, self.settings["scaling"], self.scale)
 
     def head_clusters(self, features) -> np.ndarray:
         """Clusters by the heads, int64 [S, N], of unscaled features [N, D]."""
@@ -63,7 +63,8 @@ class HeadRuns:
         return _nearest_centers(self.scaled(features), self.centers)
 
 
-def _scaled(features, scaling: str, scale: float) -> np.ndarray:
+def apply_scaling(features, scaling: str, scale: float) -> np.ndarray:
+    """Features [N, D] as heads receive them: each row by itself for "l2", else by one scalar."""
     from tsp_utils.heads import scale_features
     return scale_features(features, "l2") if scaling == "l2" else features * np.float32(scale)
 
@@ -87,7 +88,7 @@ def run_heads(study, fit: FeatureSet, score: FeatureSet) -> HeadRuns:
     was_read = arrays is not None
     if not was_read:
         start = time.perf_counter()
-        scaled = _scaled(fit.features, study.scaling, scale)
+        scaled = apply_scaling(fit.features, study.scaling, scale)
         heads = _new_heads(study, settings, scaled, centers)
         neighbors = nearest_neighbors(scaled, study.n_neighbors, study.metric)
         uniform = np.full(neighbors.indices.shape, 1 / study.n_neighbors, np.float32)
@@ -131,7 +132,7 @@ def run_kmeans(study, fit: FeatureSet, score: FeatureSet) -> pd.DataFrame:
     """K-means alone, all seeds of one setting, scored as in `HeadRuns.table`."""
     centers, scale = fit_kmeans(study, fit)
     return score_clusters(study, fit, score, {
-        "k-means": lambda x: _nearest_centers(_scaled(x, study.scaling, scale), centers)})
+        "k-means": lambda x: _nearest_centers(apply_scaling(x, study.scaling, scale), centers)})
 
 
 def fit_kmeans(study, fit: FeatureSet) -> tuple[np.ndarray, float]:
@@ -191,7 +192,7 @@ def _read_arrays(path: Path) -> dict | None:
             return {name: stored[name] for name in stored.files}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         logger.warning("%s cannot be read (%s) and is made again.", path.name, error)
         return None
 

@@ -25,6 +25,7 @@ from tsp_utils.claims import bootstrap_interval, t_interval
 from tsp_utils.feature_sets import FeatureSet
 from tsp_utils.head_runs import (
     CORE,
+    apply_scaling,
     cached_arrays,
     find_device,
     fit_kmeans,
@@ -58,8 +59,8 @@ class FeaturesToCluster:
     def __init__(self, study, fit: FeatureSet, score: FeatureSet):
         self.study, self.fit, self.score = study, fit, score
         self.centers, self.scale = fit_kmeans(study, fit)  # [S, C, D]
-        self.fitted = fit.features * np.float32(self.scale)
-        self.scored = score.features * np.float32(self.scale)
+        self.fitted = apply_scaling(fit.features, study.scaling, self.scale)
+        self.scored = apply_scaling(score.features, study.scaling, self.scale)
 
     @cached_property
     def neighbors(self):

@@ -30,6 +30,10 @@ class ImageFiles(Sequence):
     def __len__(self) -> int:
         return len(self.paths)
 
+    def read_bytes(self, path: str) -> bytes:
+        """What a file holds."""
+        return (self.folder / path).read_bytes()
+
     def __getitem__(self, index):
         if isinstance(index, slice):
             return ImageFiles(self.folder, self.paths[index])
@@ -47,6 +51,13 @@ class ReadableFiles(ImageFiles):
     def __init__(self, folder: Path, paths: Sequence[str]):
         super().__init__(folder, paths)
         self.seen, self.unreadable, self._shape = set(), {}, (32, 32, 3)
+
+    def read_bytes(self, path: str) -> bytes:
+        """What a file holds; nothing where it cannot be opened."""
+        try:
+            return super().read_bytes(path)
+        except OSError:
+            return b""
 
     def __getitem__(self, index):
         self.seen.add(index)

@@ -90,7 +90,8 @@ def read_evidence(study, claims: Sequence[Claim] = CLAIMS) -> list[Evidence]:
     if not records:
         raise FileNotFoundError(f"There is no evidence of {study.profile} yet; run make reproduce "
                                 f"PROFILE={study.profile.partition('+')[0]} first.")
-    mixed = [path.name for path, record in records.items() if record["stamp"] != _stamp(study)]
+    stamp = _stamp(study)
+    mixed = [path.name for path, record in records.items() if record["stamp"] != stamp]
     if mixed:
         raise ValueError(f"Evidence of other settings or other library sources lies in "
                          f"{study.profile}: {', '.join(mixed)}; run make reproduce "
@@ -148,13 +149,18 @@ def combine(claim: Claim, cells: Sequence[Evidence]) -> Verdict:
     notes = [note for note in (first.qualifier, cells[0].note) if note]
     outcome = first.verdict
     tested = [verdict for verdict in found if verdict != "not tested"]
-    if claim.id in ("C0", "C1") and len(tested) == len(found):
-        outcome = ("holds" if set(found) == {"holds"} else
-                   "does not hold" if "does not hold" in found else "inconclusive")
-        notes = [f"{cell.cell}: {verdict.verdict}, {verdict.mean:+.1f}"
-                 for cell, verdict in zip(cells, verdicts, strict=True)]
-        notes += ["for this pair of networks"] if claim.unit == "backbone" else []
-        first = verdicts[found.index(outcome)]  # the cell that decides lends its numbers
+    if claim.id in ("C0", "C1"):
+        # The cell that decides lends its numbers; "holds" wants all of them, and two at least.
+        outcome = next((verdict for verdict in ("does not hold", "not tested", "inconclusive")
+                        if verdict in found), "holds" if len(found) > 1 else "not tested")
+        first = verdicts[found.index(outcome)] if outcome in found else first
+        if outcome != "not tested":
+            notes = [f"{cell.cell}: {verdict.verdict}" + (
+                     "" if verdict.verdict == "not tested" else f", {verdict.mean:+.1f}")
+                     for cell, verdict in zip(cells, verdicts, strict=True)]
+            notes += ["for this pair of networks"] if claim.unit == "backbone" else []
+        else:
+            notes = [first.qualifier if outcome in found else "one cell only", cells[0].note]
     elif claim.id == "C3" and tested:
         won = found.count("holds")
         lost = sum("reversed" in verdict.qualifier for verdict in verdicts)

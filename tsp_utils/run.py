@@ -107,7 +107,8 @@ class _Execution:
 
     def stop(self) -> None:
         """End the process and its kernel, leaving nothing half-written."""
-        self.process.send_signal(signal.SIGINT)  # papermill ends its kernel then
+        # Papermill ends its kernel at SIGINT; Windows knows no such signal for one process.
+        self.process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -126,13 +127,23 @@ class _Execution:
 def _papermill(path: Path, out: Path, profile: str, n_threads: int, messages) -> subprocess.Popen:
     """Start papermill on a notebook, with so many threads; what it says goes to `messages`."""
     # Threads beyond the cores wait for each other by spinning: ten times slower, measured.
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS",
-                             "LOKY_MAX_CPU_COUNT"), str(n_threads))
+    names = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "LOKY_MAX_CPU_COUNT"
+    wanted = {name: os.environ.get(name, "") for name in names}  # fewer, where the user says so
+    threads = {name: str(min(n_threads, int(n)) if n.isdigit() and int(n) else n_threads)
+               for name, n in wanted.items()}
     return subprocess.Popen(
         [sys.executable, "-m", "papermill", str(path), str(out), "-r", "profile", profile,
          "--kernel", "python3", "--cwd", str(path.parent), "--no-progress-bar",
          "--no-request-save-on-cell-execute"],
-        env=threads | os.environ, stdout=messages, stderr=messages)
+        env=os.environ | threads, stdout=messages, stderr=messages)
+
+
+def stop_when_terminated() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: what it started is stopped, too."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def _prepare_kernels() -> None:
