@@ -64,8 +64,8 @@ def test_the_guide_s_figures_are_notebook_09_s():
         assert re.search(rf"^\| {r['entropy_weight']:g}\b.*\| {r['largest']}, {r['smallest']} \| "
                          rf"{r['nmi']:.1f} \| {r['ari']:.1f} \|$", GUIDE, re.M), r
     for r in few.to_dict("records"):
-        assert re.search(rf"{r['acc']:.1f} to {r['k-means acc mean']:.1f}\s+with\s+{r['images']:,g}\b",
-                         GUIDE), r
+        figures = f"{r['acc']:.1f} to {r['k-means acc mean']:.1f}"
+        assert re.search(rf"{figures}\s+with\s+{r['images']:,g}\b", GUIDE), r
 
 
 def test_every_target_and_file_it_names_exists():
