@@ -261,7 +261,8 @@ def test_an_interruption_ends_the_kernels_and_leaves_no_partial(folder, number):
     """Ctrl-C, as a terminal sends it, to every process of the group; kill, to the first alone."""
     sign, source = started(folder, "00_a")
     write_notebook(folder, "00_a", source)
-    code = ("import pathlib, sys, tsp_utils.study, tsp_utils.run\n"
+    code = ("import pathlib, signal, sys, tsp_utils.study, tsp_utils.run\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's &\n"
             "tsp_utils.run.stop_when_terminated()\n"
             "tsp_utils.study.runs_dir = lambda: pathlib.Path(sys.argv[1]) / 'runs'\n"
             "list(tsp_utils.run.reproduce('tiny', folder=pathlib.Path(sys.argv[2])))")

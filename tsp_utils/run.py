@@ -107,8 +107,8 @@ class _Execution:
 
     def stop(self) -> None:
         """End the process and its kernel, leaving nothing half-written."""
-        # Papermill ends its kernel at SIGINT; Windows knows no such signal for one process.
-        self.process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+        # A command that a script starts in the background ignores SIGINT, and so would its child.
+        self.process.terminate()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
