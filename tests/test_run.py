@@ -288,9 +288,6 @@ def test_a_kernel_that_dies_is_named(folder):
 
 
 def test_a_notebook_that_cannot_be_run_says_why(folder):
-    (folder / "00_a.ipynb").write_text("{ torn")
-    with pytest.raises((RuntimeError, ValueError)):
-        what_happened(folder=folder)
     path = write_notebook(folder, "00_a", "1 + 1")
     path.write_text(path.read_text().replace('"nbformat": 4', '"nbformat": 99'))
     with pytest.raises(RuntimeError, match=r"^00_a\.ipynb could not be run: "):

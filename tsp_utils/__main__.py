@@ -63,7 +63,7 @@ def main(arguments) -> int:
     import logging
     import warnings
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    warnings.filterwarnings("ignore", module="papermill|zmq|traitlets")
+    warnings.filterwarnings("ignore", module="zmq|traitlets")
     if args.command == "reproduce":
         from tsp_utils.run import reproduce, stop_when_terminated
         stop_when_terminated()

@@ -29,7 +29,8 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
     Attributes: labels_ int64 [N], the clusters of the fitted samples; coef_ [C, D] and intercept_
     [C], which work on X as passed; scale_, the scalar that brought the mean length of the features
-    to sqrt(D), folded into coef_; history_, the kept head's curves by name, each [epochs];
+    to sqrt(D), folded into coef_; history_, the kept head's curves by name, each [epochs]
+    (its last n_nonempty and largest_share: of the finished head on all samples);
     losses_ [n_init], the final losses that it was chosen by; n_features_in_, feature_names_in_.
     `fit` raises ValueError for fewer than 4 samples, fewer distinct ones than clusters, all-zero X.
     """
