@@ -190,6 +190,19 @@ def test_two_run_side_by_side_and_a_reader_of_evidence_waits(folder):
     assert [name for name, _ in happened].index("02_c") >= 2
 
 
+def test_one_goes_from_the_front_the_other_from_the_back(folder):
+    a, b, c, d, e = (folder / f"0{i}_{name}.ipynb" for i, name in enumerate("abcde"))
+    for path in (a, b, d, e):
+        write_notebook(folder, path.stem, "1 + 1")
+    write_notebook(folder, c.stem, "# read_evidence(study)")
+    assert run._next_to_start([a, b, c, d, e], []) == a
+    assert run._next_to_start([b, c, d, e], [a]) == e
+    assert run._next_to_start([b, c, d], [e]) == b  # a has ended
+    assert run._next_to_start([c, d], [b]) == d
+    assert run._next_to_start([c], [b]) is None  # it reads what b leaves
+    assert run._next_to_start([c], [d]) == c
+
+
 def test_less_than_one_notebook_at_a_time_is_refused(folder):
     with pytest.raises(ValueError, match="0 notebooks side by side cannot run; pass at least 1"):
         what_happened(folder=folder, jobs=0)

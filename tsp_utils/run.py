@@ -32,7 +32,8 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS,
     """Run every notebook of a profile into its run folder; yields (name, what happened, seconds).
 
     `jobs` notebooks run side by side, each on its share of the cores: two, or one where they would
-    share a GPU or a single core. One that reads the others' evidence waits for all before it.
+    share a GPU or a single core. One goes through the notebooks from the front, the others from the
+    back; a notebook that reads the others' evidence waits for all before it.
     A notebook is skipped when its executed copy carries the same hash (its source, the profile, the
     library's sources, the data at hand). Raises RuntimeError naming the first cell that fails: what
     is still running then is stopped, the executed copies that are finished stay.
@@ -47,8 +48,7 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS,
     waiting, running = notebook_paths(folder), {}
     try:
         while waiting or running:
-            path = next((path for path in waiting if not _reads_evidence(path)
-                         or all(path.name <= other.name for other in [*waiting, *running])), None)
+            path = _next_to_start(waiting, running)
             ended = next((path for path in running if running[path].process.poll() is not None),
                          None)
             if ended is not None:
@@ -67,6 +67,18 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS,
     finally:
         for execution in running.values():
             execution.stop()
+
+
+def _next_to_start(waiting: list[Path], running) -> Path | None:
+    """The first notebook that waits or, beside one before it, the last.
+
+    Neighbours want the same features, and one would wait for the other's extraction.
+    """
+    ready = [path for path in waiting if not _reads_evidence(path)
+             or all(path.name <= other.name for other in [*waiting, *running])]
+    if not ready:
+        return None
+    return ready[-1] if any(path.name < ready[0].name for path in running) else ready[0]
 
 
 class _Execution:
