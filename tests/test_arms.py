@@ -1,12 +1,14 @@
 """The arms: fair by the rules, made by one command, resumed, read back as a backbone."""
 
 import json
+import math
 import os
 import socket
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +28,7 @@ from tsp_utils.arms import (
     pretrain_arm,
 )
 from tsp_utils.datasets import ImageDataset
-from tsp_utils.pretrain import Dino, DinoRecipe
+from tsp_utils.pretrain import Dino, DinoRecipe, schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,6 +111,15 @@ def test_arms_of_a_size_see_the_same_number_of_images():
     assert len({arm.seed for name, arm in nano.items() if name.startswith("resnet_nano")}) == 3
 
 
+@pytest.mark.parametrize("name", ARMS)
+def test_no_teacher_keeps_its_random_start(name):
+    """Eq. 2 leaves the product of the momenta of the starting weights in the exported teacher."""
+    arm = ARMS[name]
+    n_steps = arm.budget_images // arm.recipe.batch_size
+    left = math.prod(schedule(arm.recipe, step / n_steps)["momentum"] for step in range(n_steps))
+    assert left < 0.02 and n_steps >= 80
+
+
 def test_subsets_are_drawn_once_without_labels_and_lie_in_one_another(monkeypatch):
     monkeypatch.setattr(arms, "load_dataset", images_of)
     base = Arm(TINY, ("cifar10",), 1)
@@ -127,13 +138,19 @@ def test_an_arm_leaves_weights_that_load_and_a_log(small_world, tmp_path):
     assert timm.layers.use_fused_attn() == fused  # a choice for the process, put back
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoint.pt", "final.safetensors", "half.safetensors", "log.json",
-        "quarter.safetensors"]
+        "quarter.safetensors", "start.safetensors"]
     log = json.loads((folder / "log.json").read_text())
     assert log["images_seen"] == 320 and log["n_source_images"] == 40
     assert log["source"] == "cifar10, train split, all images"
+    assert log["images_per_second, read-outs included"] > 0
     assert all(0 <= entry["knn_tinyimagenet_val"] <= 100 for entry in log["log"])
     assert len({(folder / f"{mark}.safetensors").read_bytes()
                 for mark in ("quarter", "half", "final")}) == 3
+
+    start = safetensors.torch.load_file(folder / "start.safetensors")
+    for key, value in Dino(images_of("cifar10", "train").images,
+                           TINY).teacher.backbone.state_dict().items():
+        assert torch.equal(start[key], value.half()), key
 
     from tsp_utils.backbones import BackboneSpec
     from tsp_utils.weights import load_model
@@ -160,7 +177,8 @@ def test_two_processes_of_torchrun_make_one_arm(tmp_path):
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_one_of_two, (tmp_path, port), nprocs=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "final.safetensors", "half.safetensors", "log.json", "quarter.safetensors"]
+        "final.safetensors", "half.safetensors", "log.json", "quarter.safetensors",
+        "start.safetensors"]
     log = json.loads((tmp_path / "log.json").read_text())
     assert log["images_seen"] == 320  # together, not each
 
@@ -172,6 +190,35 @@ def test_a_finished_arm_is_not_trained_again(small_world, tmp_path, monkeypatch)
     monkeypatch.setattr("tsp_utils.pretrain.Dino.step", None)  # any step would fail
     pretrain_arm("tiny", tmp_path)
     assert before == {mark: (folder / f"{mark}.safetensors").read_bytes() for mark in before}
+
+
+def test_a_missing_checkpoint_of_a_quarter_is_not_filled_with_a_later_network(
+        small_world, tmp_path, monkeypatch, caplog):
+    def stop(run, entry, after):
+        if entry["images_seen"] >= after:
+            raise KeyboardInterrupt
+
+    read_out = arms.KnnReadout.__call__
+    monkeypatch.setattr(arms.KnnReadout, "__call__", lambda self, run: stop(
+        run, {"images_seen": run.images_seen}, 240) or read_out(self, run))
+    saved = arms.pretrain_dino
+    monkeypatch.setattr(arms, "pretrain_dino", lambda *a, **k: saved(*a, **k | {"save_every_s": 0}))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain_arm("tiny", tmp_path)
+    (tmp_path / "quarter.safetensors").unlink()
+    monkeypatch.setattr(arms.KnnReadout, "__call__", read_out)
+    pretrain_arm("tiny", tmp_path)
+    assert not (tmp_path / "quarter.safetensors").exists() and "is gone" in caplog.text
+    assert (tmp_path / "half.safetensors").exists()
+
+
+def test_networks_of_a_size_of_their_own_see_images_at_that_size():
+    recipe = replace(TINY, options=(("patch_size", 8), ("img_size", 64), *TINY.options[2:]))
+    run = Dino(images_of("cifar10", "train").images, recipe)
+    seen = []
+    run.teacher.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    assert arms.encode(run, images_of("cifar10", "test").images).shape == (40, 32)
+    assert [tuple(shape) for shape in seen] == [(40, 3, 64, 64)]
 
 
 def test_an_unknown_arm_names_the_nearest():

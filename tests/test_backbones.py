@@ -364,7 +364,7 @@ def test_the_description_follows_the_weights_as_they_are():
 
 
 def test_bfloat16_agrees_with_float32_where_the_cpu_gains_from_it():
-    if not backbones._gains_from_bf16(torch.device("cpu")):
+    if not backbones.gains_from_bf16(torch.device("cpu")):
         pytest.skip("this CPU has no AMX tiles: auto is float32 here")
     smooth = [Image.fromarray(images_of(5, 5, 3, seed=i)).resize((32, 32)) for i in range(64)]
     images = np.stack([np.asarray(image) for image in smooth])

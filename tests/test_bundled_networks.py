@@ -1,15 +1,25 @@
 """The networks that ship: they are those of their cards, load without network, and hold figures."""
 
+import functools
 import hashlib
 import json
 
 import numpy as np
 import pytest
+import timm
+import torch
 
-from tsp_utils.arms import ARMS
-from tsp_utils.backbones import load_backbone
-from tsp_utils.bundle import C5_CLASSES, PRETRAINED, VECTOR_BACKBONES, bundle_backbone
-from tsp_utils.datasets import load_dataset
+from tsp_utils import bundle
+from tsp_utils.arms import ARMS, save_backbone
+from tsp_utils.backbones import BACKBONES, load_backbone
+from tsp_utils.bundle import (
+    C5_CLASSES,
+    PRETRAINED,
+    VECTOR_BACKBONES,
+    _network_of,
+    bundle_backbone,
+)
+from tsp_utils.datasets import ImageDataset, load_dataset
 from tsp_utils.feature_sets import load_vectors
 from tsp_utils.features import extract_features
 from tsp_utils.neighbors import knn_accuracy
@@ -59,14 +69,23 @@ def test_fashion_mnist_figure_of_the_card(name):
     assert found == pytest.approx(card(name)["knn"]["fashion-mnist test, leave-one-out"], abs=0.5)
 
 
-def test_cifar10_figure_of_the_card():
-    if not (data_dir() / "cifar10" / "train").is_dir():
-        pytest.skip("no CIFAR-10 as an image folder in TSP_DATA")
-    name, network = PRETRAINED[0], load_backbone(PRETRAINED[0], "cpu")
-    train, test = (load_dataset("cifar10", split) for split in ("train", "test"))
+@functools.cache
+def images_at_hand(name: str, split: str) -> ImageDataset:
+    if not (data_dir() / name / split).is_dir():
+        pytest.skip(f"no {name} as an image folder in TSP_DATA")
+    return load_dataset(name, split)
+
+
+@pytest.mark.parametrize(("name", "data", "scored"), [
+    ("vit_nano_cpu", "cifar10", "test"), ("vit_nano_cpu_cifar10_4k", "cifar10", "test"),
+    ("vit_nano_cpu", "tinyimagenet32", "val"), ("resnet_nano_cpu", "tinyimagenet32", "val")])
+def test_figures_of_the_card_that_want_images(name, data, scored):
+    """CIFAR-10's of C6's pair, and in domain those of C1's and C5's, on which these depend."""
+    network = load_backbone(name, "cpu")
+    train, test = (images_at_hand(data, split) for split in ("train", scored))
     vectors = [extract_features(network, images.images, progress=False) for images in (train, test)]
     found = 100 * knn_accuracy(vectors[0], train.labels, vectors[1], test.labels)
-    assert found == pytest.approx(card(name)["knn"]["cifar10, train to test"], abs=0.5)
+    assert found == pytest.approx(card(name)["knn"][f"{data}, train to {scored}"], abs=0.5)
 
 
 @each
@@ -86,7 +105,75 @@ def test_vectors_of_c5_are_fifty_images_of_each_class_fixed_beforehand(name):
     assert (np.bincount(found.labels)[list(C5_CLASSES)] == 50).all()
 
 
+NETWORKS = {(arm.recipe.architecture, arm.recipe.options): name for name, arm in ARMS.items()}
+
+
+@pytest.mark.parametrize("name", NETWORKS.values())
+def test_the_network_of_every_arm_is_read_back_at_its_size(name, tmp_path, monkeypatch):
+    """Also those that nobody has trained yet: as their trainer writes them, by name."""
+    recipe, folder = ARMS[name].recipe, tmp_path / "pretrain" / name
+    with torch.random.fork_rng():
+        network = timm.create_model(recipe.architecture, num_classes=0, **dict(recipe.options))
+    save_backbone(network, folder / "final.safetensors")
+    (folder / "log.json").write_text(json.dumps({"recipe": vars(recipe)}))
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    found = _network_of(name, folder / "final.safetensors")(images)
+    assert found.shape == (2, network.num_features) and found.isfinite().all()
+    if name not in BACKBONES:
+        monkeypatch.setattr("tsp_utils.backbones.runs_dir", lambda: tmp_path)
+        torch.testing.assert_close(load_backbone(name)(images), found)
+
+
+def images_of(name, split) -> ImageDataset:
+    """300 images of ten classes, those of C5 for Tiny-ImageNet."""
+    labels = np.arange(300) % 10 * (20 if name == "tinyimagenet32" else 1)
+    images = np.random.default_rng(len(name + split)).integers(0, 256, (300, 32, 32, 3), np.uint8)
+    return ImageDataset(name, split, images, labels, tuple(map(str, range(200))))
+
+
+@pytest.fixture
+def finished_arms(monkeypatch, tmp_path):
+    """Two arms that want a GPU, seed 0 and seed 1, as if they had finished."""
+    for name in ("vit_nano", "vit_nano_s1"):
+        recipe, folder = ARMS[name].recipe, tmp_path / "runs" / "pretrain" / name
+        network = timm.create_model(recipe.architecture, num_classes=0, **dict(recipe.options))
+        for mark in ("quarter", "half", "final"):
+            save_backbone(network, folder / f"{mark}.safetensors")
+        (folder / "log.json").write_text(json.dumps({"name": name, "recipe": vars(recipe)}))
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bundle, "read_out", lambda found: {"n": len(found.labels)})
+    monkeypatch.setattr(bundle, "load_dataset", images_of)
+    monkeypatch.setattr(bundle, "runs_dir", lambda: tmp_path / "runs")
+    monkeypatch.setattr(bundle, "bundled_dir", lambda: tmp_path / "bundled")
+    return tmp_path / "bundled"
+
+
+def test_a_finished_arm_is_bundled_and_another_seed_leaves_its_read_outs(finished_arms,
+                                                                         monkeypatch):
+    assert bundle_backbone("vit_nano_s1") == finished_arms / "readouts" / "vit_nano_s1.json"
+    assert bundle_backbone("vit_nano") == finished_arms / "vit_nano.safetensors"
+    assert sorted(str(path.relative_to(finished_arms)) for path in finished_arms.rglob("*.*")) == [
+        "readouts/vit_nano.json", "readouts/vit_nano_s1.json", "vit_nano.json",
+        "vit_nano.safetensors"]
+    written = json.loads((finished_arms / "vit_nano.json").read_text())
+    assert len(written["knn"]) == 3 and written["sha256"] == hashlib.sha256(
+        (finished_arms / "vit_nano.safetensors").read_bytes()).hexdigest()
+    assert [r["checkpoint"] for r in json.loads(
+        (finished_arms / "readouts" / "vit_nano.json").read_text())] == ["quarter", "half", "final"]
+    monkeypatch.setattr("tsp_utils.backbones.bundled_dir", lambda: finished_arms)
+    assert load_backbone("vit_nano").dim == 128  # by its card, without a row in the table
+
+
+def test_nothing_is_written_before_all_is_computed(finished_arms, monkeypatch):
+    monkeypatch.setattr(bundle, "knn_readouts", lambda network: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bundle_backbone("vit_nano")
+    assert not finished_arms.exists()
+
+
 def test_an_unfinished_arm_is_not_bundled(monkeypatch, tmp_path):
     monkeypatch.setattr("tsp_utils.bundle.runs_dir", lambda: tmp_path)
+    with pytest.raises(ValueError, match="did you mean 'vit_nano'"):
+        bundle_backbone("vit_nan")
     with pytest.raises(FileNotFoundError, match="run python -m tsp_utils pretrain vit_nano first"):
         bundle_backbone("vit_nano")

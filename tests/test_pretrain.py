@@ -236,10 +236,9 @@ def test_a_collapse_is_said(caplog):
     assert "Collapse after 32 images" in caplog.text
 
 
-@pytest.mark.parametrize("architecture", ["vit", "resnet"])
+@pytest.mark.parametrize("architecture", ["vit", "resnet10t", "mobilenetv3_small_050"])
 def test_any_timm_network_trains(architecture):
-    recipe = TINY if architecture == "vit" else replace(
-        TINY, architecture="resnet10t", options=())
+    recipe = TINY if architecture == "vit" else replace(TINY, architecture=architecture, options=())
     run = pretrain_dino(IMAGES, recipe, budget_images=64, n_reports=1)
     assert run.step_count == 4 and math.isfinite(run.log[-1]["loss"])
 
@@ -253,6 +252,11 @@ def test_bad_input(tmp_path, monkeypatch):
         pretrain_dino(IMAGES[:, :4, :4], TINY, budget_images=10)
     with pytest.raises(ValueError, match="resize them first"):
         pretrain_dino(IMAGES[..., :1], TINY, budget_images=10)
+    with pytest.raises(ValueError, match=r"are float64; pass uint8"):
+        pretrain_dino(IMAGES / 255, TINY, budget_images=10)
+    with pytest.raises(ValueError, match="do not fit patches of 16 px"):  # the network's own
+        pretrain_dino(IMAGES, replace(TINY, options=TINY.options[1:], local_size=24),
+                      budget_images=10)
     path = tmp_path / "run.pt"
     Dino(IMAGES, TINY).save(path)
     with pytest.raises(ValueError, match=r"bottleneck = '16' and this run has '8'"):
@@ -260,6 +264,55 @@ def test_bad_input(tmp_path, monkeypatch):
     path.write_bytes(b"torn")
     with pytest.raises(ValueError, match="not a checkpoint of this trainer"):
         Dino(IMAGES, TINY).load(path)
+
+
+@pytest.mark.parametrize(("changed", "key"), [
+    (dict(budget_images=640), "budget"), (dict(seed=1), "seed"),
+    (dict(images=255 - IMAGES), "images"), (dict(dtype=torch.bfloat16), "dtype")])
+def test_a_checkpoint_goes_on_only_with_what_it_was_made_with(tmp_path, changed, key):
+    made = dict(images=IMAGES, recipe=TINY, budget_images=320, checkpoint=tmp_path / "run.pt")
+    assert pretrain_dino(**made).images_seen == 320
+    before = made["checkpoint"].read_bytes()
+    with pytest.raises(ValueError, match=f"was made with {key} = "):
+        pretrain_dino(**made | changed)
+    assert made["checkpoint"].read_bytes() == before
+    assert pretrain_dino(**made).step_count == 20  # finished, not trained again
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    path = tmp_path / "run.pt"
+    pretrain_dino(IMAGES, TINY, budget_images=320, checkpoint=path)
+    before = path.read_bytes()
+    run = Dino(IMAGES, TINY)
+    next(run.student.parameters()).data[0] = math.nan
+    with pytest.raises(RuntimeError, match="run diverged: after 0 images"):
+        run.save(path)
+    assert path.read_bytes() == before
+    with pytest.raises(RuntimeError, match="lower learning_rate"):
+        pretrain_dino(IMAGES, replace(TINY, learning_rate=1e30), budget_images=320)
+
+
+def test_looking_at_a_run_does_not_change_it():
+    recipe = replace(TINY, architecture="resnet10t", options=())
+    one, many = (pretrain_dino(IMAGES, recipe, budget_images=64, n_reports=n) for n in (1, 4))
+    assert len(many.log) > len(one.log)
+    for (key, a), b in zip(one.teacher.state_dict().items(), many.teacher.state_dict().values(),
+                           strict=True):
+        assert torch.equal(a, b), key
+
+
+def test_a_network_that_cannot_be_compiled_is_trained_without(monkeypatch, caplog):
+    def broken(network):
+        def run(*_):
+            raise RuntimeError("no C++ compiler")
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    run = pretrain_dino(IMAGES, TINY, budget_images=64, compiled=True)
+    assert run.step_count == 4 and "goes on without it" in caplog.text
+    plain = pretrain_dino(IMAGES, TINY, budget_images=64)
+    assert all(torch.equal(a, b) for a, b in zip(run.teacher.parameters(),
+                                                 plain.teacher.parameters(), strict=True))
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):

@@ -15,17 +15,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import timm
 import timm.layers
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import save
 
 import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
+from tsp_utils.backbones import gains_from_bf16
 from tsp_utils.datasets import load_dataset
 from tsp_utils.feature_sets import draw_rows, spread_rows
 from tsp_utils.head_runs import source_hash, versions
 from tsp_utils.neighbors import knn_accuracy
-from tsp_utils.paths import runs_dir, write_whole
+from tsp_utils.paths import runs_dir, write_json, write_whole
 from tsp_utils.pretrain import Dino, DinoRecipe, pretrain_dino
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ class Arm:
 
 
 SOURCE, TARGET = ("tinyimagenet32",), ("cifar10",)
+N_REPORTS = 20  # read-outs of a run
 MINI_IMAGES, NANO_IMAGES, NANO_CPU_IMAGES, PAPER_IMAGES = 2_048_000, 512_000, 512_000, 5_000_000
 VIT = dict(patch_size=4, img_size=32, dynamic_img_size=True)
 
@@ -57,9 +61,12 @@ def _network(architecture: str, **options) -> DinoRecipe:
 
 
 MINI = _network("vit_tiny_patch16_224", **VIT)
-NANO = _network("vit_tiny_patch16_224", **VIT, embed_dim=128, depth=6, num_heads=4)
 RESNET_MINI = _network("small_resnet", layers=(3, 3, 2, 2), channels=(44, 88, 176, 352))
-RESNET_NANO = _network("small_resnet", layers=(3, 2, 3, 2), channels=(20, 40, 80, 160))
+# A quarter of mini's images: smaller batches for as many steps, and batch norm in the head.
+NANO = replace(_network("vit_tiny_patch16_224", **VIT, embed_dim=128, depth=6, num_heads=4),
+               batch_size=256, head_norm=True)
+RESNET_NANO = replace(NANO, architecture="small_resnet", options=tuple(dict(
+    layers=(3, 2, 3, 2), channels=(20, 40, 80, 160)).items()))
 # On CPU cores: global crops of 24 px, about the scale at which a mean crop was seen, cost half; a
 # run this short needs batch norm in the head, a quicker teacher and larger local crops to learn.
 NANO_CPU = replace(
@@ -74,9 +81,20 @@ PICO_CPU = replace(NANO_CPU, options=tuple((dict(NANO_CPU.options) | dict(
 RESNET_NANO_CPU = replace(NANO_CPU, architecture="small_resnet", options=tuple(dict(
     layers=(1, 1, 2, 1), channels=(24, 48, 96, 192)).items()))
 # The paper's size; CIFAR-10's 32-px images are enlarged by the crops themselves.
-PAPER_VIT_S = DinoRecipe("vit_small_patch16_224", (("dynamic_img_size", True),),
+PAPER_VIT_S = DinoRecipe("vit_small_patch16_224",
+                         (("img_size", 224), ("dynamic_img_size", True)),
                          (("drop_path_rate", 0.1),), global_size=224, local_size=96, n_local=8,
                          batch_size=512, n_outputs=65_536, hidden=2048)
+
+
+def _paced(arm: Arm) -> Arm:
+    """The recipe with a momentum for a run of so few steps.
+
+    Along the cosine to 1 a momentum of 1 - 8 / steps leaves e^-4 of the teacher's random start;
+    in a short run the recipe's own would leave most of it.
+    """
+    steps, (start, end) = arm.budget_images / arm.recipe.batch_size, arm.recipe.momentum
+    return replace(arm, recipe=replace(arm.recipe, momentum=(min(start, 1 - 8 / steps), end)))
 
 
 def _arms() -> dict[str, Arm]:
@@ -87,7 +105,7 @@ def _arms() -> dict[str, Arm]:
         "resnet_mini": Arm(RESNET_MINI, SOURCE, MINI_IMAGES),
         "vit_mini_cifar10": Arm(MINI, TARGET, MINI_IMAGES),
         "vit_mini_cifar10_4k": Arm(MINI, TARGET, MINI_IMAGES, short["4k"]),
-        "vit_mini_short": Arm(MINI, SOURCE, NANO_IMAGES),  # C4: the larger at nano's budget
+        "vit_mini_short": Arm(replace(NANO, options=MINI.options), SOURCE, NANO_IMAGES),  # C4
     }
     nano = {
         "vit_nano": Arm(NANO, SOURCE, NANO_IMAGES),
@@ -109,7 +127,7 @@ def _arms() -> dict[str, Arm]:
         "resnet_nano_cpu": Arm(RESNET_NANO_CPU, SOURCE, NANO_CPU_IMAGES),  # C1, C5
         "vits16_cifar10": Arm(PAPER_VIT_S, TARGET, PAPER_IMAGES),  # Figs 4b, 6 and 7a
     }
-    return arms
+    return {name: _paced(arm) for name, arm in arms.items()}
 
 
 ARMS = _arms()
@@ -135,11 +153,12 @@ def arm_images(arm: Arm) -> np.ndarray:
 def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
     """Pretrain one arm, or finish it from its checkpoint; returns its folder.
 
+    On a CPU only the arms named `_cpu` end within hours; the others are begun with a warning.
     Under `torchrun` every process takes its share of each batch, the first one writes, and nothing
     is resumed: `torchrun --nproc-per-node 4 -m tsp_utils pretrain NAME`. Leaves the teacher's
-    backbone at a quarter, half and all of the budget (fp16 safetensors), the log with its kNN
-    read-outs, and the checkpoint. Needs the arm's images, and Tiny-ImageNet's val split for the
-    read-outs.
+    backbone at the start and at a quarter, half and all of the budget (fp16 safetensors), the log
+    with its kNN read-outs, and the checkpoint. Needs the arm's images, and Tiny-ImageNet's val
+    split for the read-outs.
     """
     arm = find_arm(name)
     n_processes = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
@@ -156,36 +175,52 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     images, code = arm_images(arm), source_hash(("pretrain", "multi_crop"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = folder / "checkpoint.pt" if n_processes == 1 else None
+    dtype = torch.bfloat16 if gains_from_bf16(torch.device(device)) else torch.float32
+    if device == "cpu" and "_cpu" not in name:
+        logger.warning("The arm %s wants a GPU: on CPU cores it takes days.", name)
+    checkpoint = folder / "checkpoint.pt"
+    if n_processes > 1:
+        if first and checkpoint.exists():
+            logger.warning("%s is not read: many processes do not resume.", checkpoint)
+        checkpoint = None
     marks = {0.25: folder / "quarter.safetensors", 0.5: folder / "half.safetensors"}
     if checkpoint and checkpoint.exists():  # resumed: what is past stays as it is
         marks = {share: path for share, path in marks.items() if not path.exists()}
     read_out = KnnReadout() if first else None
+    if first and not (start := folder / "start.safetensors").exists():
+        save_backbone(_untrained(arm), start)
 
     def callback(run: Dino, entry: dict) -> None:
         entry["knn_tinyimagenet_val"] = read_out(run)
         logger.info("%s: %s", name, json.dumps(entry))
-        for share in [mark for mark in marks if entry["images_seen"] >= mark * arm.budget_images]:
-            save_backbone(run, marks.pop(share))
+        done = entry["images_seen"] / arm.budget_images
+        for share in [mark for mark in marks if done >= mark]:
+            path = marks.pop(share)
+            if done < share + 2 / N_REPORTS:
+                save_backbone(run.teacher.backbone, path)
+            else:
+                logger.warning("%s is gone, and the run is past it: it stays so.", path.name)
 
     with attention(fused=device != "cpu"):
         run = pretrain_dino(
             images, arm.recipe, budget_images=arm.budget_images, seed=arm.seed, device=device,
-            dtype=torch.bfloat16, compiled=device == "cuda", checkpoint=checkpoint,
+            dtype=dtype, compiled=device == "cuda", checkpoint=checkpoint, n_reports=N_REPORTS,
             callback=callback if first else None)
     if not first:
         return folder
-    save_backbone(run, folder / "final.safetensors")
+    save_backbone(run.teacher.backbone, folder / "final.safetensors")
     log = {
         "name": name, "method": "DINO (Caron et al. 2021)", "source": arm.source,
         "source_sha256": hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
         "n_source_images": len(images), "images_seen": run.images_seen,
         "seed": arm.seed, "recipe": asdict(run.recipe), "minutes": round(run.seconds / 60, 1),
-        "hardware": hardware(device), "versions": versions(),
+        "images_per_second, read-outs included": round(run.images_seen / run.seconds),
+        "hardware": hardware(device) + (f", {n_processes} processes" if n_processes > 1 else ""),
+        "dtype": str(dtype).removeprefix("torch."), "versions": versions(),
         "code_sha256": code,
         "finished": time.strftime("%Y-%m-%d"), "log": run.log,
     }
-    (folder / "log.json").write_text(json.dumps(log, indent=1) + "\n")
+    write_json(folder / "log.json", log, indent=1)
     return folder
 
 
@@ -220,8 +255,12 @@ class KnnReadout:
 
 @torch.inference_mode()
 def encode(run: Dino, images: np.ndarray) -> np.ndarray:
-    """Features float32 [N, D] of uint8 [N, H, W, 3] by the teacher as it is."""
+    """Features float32 [N, D] of uint8 [N, H, W, 3] by the teacher as it is.
+
+    At the network's own input size, where it has one.
+    """
     backbone, recipe = run.teacher.backbone, run.recipe
+    size = dict(recipe.options).get("img_size", images.shape[1])
     mean, std = (torch.tensor(v, device=run.device).view(1, 3, 1, 1)
                  for v in (recipe.mean, recipe.std))
     backbone.eval()
@@ -229,15 +268,26 @@ def encode(run: Dino, images: np.ndarray) -> np.ndarray:
     for start in range(0, len(images), 500):
         x = torch.from_numpy(images[start : start + 500]).to(run.device).permute(0, 3, 1, 2)
         with torch.autocast(run.device.type, torch.bfloat16, run.dtype == torch.bfloat16):
-            features.append(backbone((x.float() / 255 - mean) / std).float().cpu())
+            x = x.float() / 255
+            if x.shape[-1] != size:
+                x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp_(0, 1)
+            features.append(backbone((x - mean) / std).float().cpu())
     backbone.train()
     return torch.cat(features).numpy()
 
 
-def save_backbone(run: Dino, path: Path) -> None:
-    """The teacher's backbone in fp16, as `load_backbone` reads it."""
+def _untrained(arm: Arm) -> torch.nn.Module:
+    """The network that an arm starts from, as `Dino` makes it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(arm.seed)
+        return timm.create_model(arm.recipe.architecture, num_classes=0, **dict(
+            arm.recipe.options), **dict(arm.recipe.local_options))
+
+
+def save_backbone(backbone: torch.nn.Module, path: Path) -> None:
+    """A network in fp16, as `load_backbone` reads it."""
     state = {key: value.half() if value.is_floating_point() else value
-             for key, value in run.teacher.backbone.state_dict().items()}
+             for key, value in backbone.state_dict().items()}
     state = {key: value.contiguous().cpu() for key, value in state.items()}
     write_whole(path, lambda file: file.write(save(state)))
 

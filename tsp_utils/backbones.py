@@ -13,7 +13,7 @@ from timm.data import resolve_data_config
 from torch import nn
 from torch.nn import functional as F
 
-from tsp_utils.paths import bundled_dir
+from tsp_utils.paths import bundled_dir, runs_dir
 from tsp_utils.weights import load_model, state_sha256
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -154,37 +154,58 @@ def in_domain_knn(name: str) -> float | None:
 
     From the model card of a bundled network (Tiny-ImageNet val), or as published (ImageNet val).
     """
-    spec, card = _find_spec(name), bundled_dir() / f"{name}.json"
-    if card.exists():
-        return json.loads(card.read_text())["knn"].get("tinyimagenet32, train to val")
-    return spec.published_knn
+    spec, card = _find_spec(name), model_card(name)
+    return card.get("knn", {}).get("tinyimagenet32, train to val") if card else spec.published_knn
 
 
-def load_backbone(name: str, device: str = "auto", checkpoint: str | os.PathLike | None = None,
-                  dtype: str = "auto") -> Backbone:
+def model_card(name: str) -> dict | None:
+    """What is known of a network of our own: its bundled card, or the log of its finished arm."""
+    for path in (bundled_dir() / f"{name}.json", runs_dir() / "pretrain" / name / "log.json"):
+        if path.exists():
+            return json.loads(path.read_text())
+    return None
+
+
+def spec_of_recipe(name: str, recipe: Mapping, file: str = "") -> BackboneSpec:
+    """The row of a network that `pretrain.py` made; recipe: a `DinoRecipe` as a mapping."""
+    options = {key: tuple(value) if isinstance(value, list) else value
+               for key, value in recipe["options"] if key != "dynamic_img_size"}
+    return BackboneSpec(name, recipe["architecture"], options, "bundled", file,
+                        input_size=options.get("img_size", 32), mean=tuple(recipe["mean"]),
+                        std=tuple(recipe["std"]), note="our own DINO")
+
+
+def load_backbone(name: str | BackboneSpec, device: str = "auto",
+                  checkpoint: str | os.PathLike | None = None, dtype: str = "auto") -> Backbone:
     """Load a backbone of the table, or any `timm:<name>`, frozen and ready to call.
 
+    A finished arm of `python -m tsp_utils pretrain` loads by its name, too, and so does a row made
+    by hand, a `BackboneSpec`.
     checkpoint: a file to take the weights from instead: a bare state dict or a full DINO checkpoint
     (.pth; its teacher is taken), or .safetensors. device: auto, cuda, cuda:N, mps or cpu. dtype:
     float32, bfloat16 (autocast), or auto: bfloat16 where the hardware gains from it.
     Raises ValueError for an unknown name, device or dtype and for weights that do not fit,
     FileNotFoundError for a missing file, ConnectionError for a failed download.
     """
-    spec = _find_spec(name)
+    spec = name if isinstance(name, BackboneSpec) else _find_spec(name)
     place = _find_device(device)
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"unknown dtype {dtype!r}: pass auto, float32 or bfloat16")
     own = spec.architecture in ("pixels", "patch_kmeans")
     if dtype == "auto":
-        dtype = "bfloat16" if not own and _gains_from_bf16(place) else "float32"
+        dtype = "bfloat16" if not own and gains_from_bf16(place) else "float32"
     if own and dtype != "float32":
-        raise ValueError(f"{name} is computed in float32 only: leave dtype at 'auto'")
+        raise ValueError(f"{spec.name} is computed in float32 only: leave dtype at 'auto'")
     return Backbone(spec, load_model(spec, checkpoint), place, getattr(torch, dtype))
 
 
 def _find_spec(name: str) -> BackboneSpec:
     if name in BACKBONES:
         return BACKBONES[name]
+    for weights in (bundled_dir() / f"{name}.safetensors",
+                    runs_dir() / "pretrain" / name / "final.safetensors"):
+        if weights.exists() and "recipe" in (card := model_card(name) or {}):
+            return spec_of_recipe(name, card["recipe"], str(weights))
     names = timm.list_models() + timm.list_models(pretrained=True)
     if name.removeprefix("timm:") in names and name.startswith("timm:"):
         return _timm_spec(name)
@@ -218,7 +239,7 @@ def _find_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _gains_from_bf16(device: torch.device) -> bool:
+def gains_from_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:

@@ -4,25 +4,26 @@ import hashlib
 import inspect
 import json
 import os
-import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from tsp_utils.arms import ARMS
-from tsp_utils.backbones import BACKBONES, load_backbone
+from tsp_utils.arms import ARMS, find_arm
+from tsp_utils.backbones import load_backbone, spec_of_recipe
 from tsp_utils.datasets import DATASETS, load_dataset
 from tsp_utils.feature_sets import FeatureSet, save_vectors
 from tsp_utils.features import cached_features
 from tsp_utils.head_runs import versions
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.patch_kmeans import learn_patch_kmeans
-from tsp_utils.paths import bundled_dir, runs_dir
+from tsp_utils.paths import bundled_dir, runs_dir, write_json, write_whole
 from tsp_utils.readouts import read_out, small_pool_consistency
 
 PRETRAINED = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k", "vit_pico_cpu", "resnet_nano_cpu")
 VECTOR_BACKBONES = ("vit_mini_random", "patch_kmeans", *PRETRAINED)
+MOST_BYTES = 16_000_000  # of one network that ships
 C5_CLASSES = range(0, 200, 20)  # of Tiny-ImageNet, in the order of their names; 50 images each
 
 
@@ -32,10 +33,11 @@ def learn_patches(out: str | None = None, seed: int = 0) -> Path:
     Needs tinyimagenet32 as an image folder; minutes on two cores. Returns the path of the weights.
     """
     path = Path(out) if out else bundled_dir() / "patch_kmeans.safetensors"
+    learned = path.with_name(f".{path.name}.new")  # takes its place when its card is known
     source = load_dataset("tinyimagenet32", "train")
     start = time.perf_counter()
     network = learn_patch_kmeans(source.images, seed=seed)
-    network.save(path)
+    network.save(learned)
     defaults = inspect.signature(learn_patch_kmeans).parameters
     card = {
         "name": "patch_kmeans",
@@ -47,45 +49,57 @@ def learn_patches(out: str | None = None, seed: int = 0) -> Path:
         "dim": network.axes.shape[1], "pca_images": defaults["n_pca_images"].default, "seed": seed,
         "minutes": round((time.perf_counter() - start) / 60, 1),
         "hardware": f"{os.cpu_count()} CPU cores",
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "versions": versions(),
-        "knn": knn_readouts("patch_kmeans", path),
+        "sha256": hashlib.sha256(learned.read_bytes()).hexdigest(), "versions": versions(),
+        "knn": knn_readouts(load_backbone("patch_kmeans", checkpoint=learned)),
     }
-    path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+    write_json(path.with_suffix(".json"), card, indent=1)
+    learned.replace(path)
     return path
 
 
 def bundle_backbone(name: str) -> Path:
-    """Put a finished pretraining arm into bundled/: weights, model card, read-outs on the way.
+    """Put a finished pretraining arm into bundled/: weights, model card and read-outs.
 
-    Of an arm that is not in the table of backbones the read-outs alone. Needs `python -m tsp_utils
-    pretrain NAME` to have finished, and both data sets. Returns the path of what it wrote last.
-    Raises FileNotFoundError for an arm that has not finished.
+    Of other seeds, equal epochs, a mini network at nano's budget and networks above 16 MB the
+    read-outs alone. Needs `python -m tsp_utils pretrain NAME` to have finished, and both data sets;
+    nothing is written before all is computed. Returns the path of what it wrote last. Raises
+    ValueError for an unknown arm, FileNotFoundError for one that has not finished.
     """
-    folder = runs_dir() / "pretrain" / name
+    arm, folder = find_arm(name), runs_dir() / "pretrain" / name
     if not (folder / "log.json").exists():
         raise FileNotFoundError(f"The arm {name} has not finished; run python -m tsp_utils "
                                 f"pretrain {name} first.")
-    if name not in BACKBONES:  # an arm that only its read-outs are wanted of
-        return _write_readouts(name, folder)
-    path = bundled_dir() / f"{name}.safetensors"
-    shutil.copyfile(folder / "final.safetensors", path)
+    weights, records = (folder / "final.safetensors").read_bytes(), readouts_of(name, folder)
+    out = bundled_dir() / "readouts" / f"{name}.json"
+    if arm.seed or name.endswith(("_epochs", "_short")) or len(weights) > MOST_BYTES:
+        _write_records(out, records)
+        return out
     card = json.loads((folder / "log.json").read_text())
-    card |= {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-             "terms_of_the_images": [DATASETS[data].source for data in ARMS[name].data],
+    network = _network_of(name, folder / "final.safetensors")
+    card |= {"sha256": hashlib.sha256(weights).hexdigest(),
+             "terms_of_the_images": [DATASETS[data].source for data in arm.data],
              "licence_of_the_weights": "MIT, as this repository",
-             "knn": knn_readouts(name, path) | {"tinyimagenet32, train to val": _in_domain(name)}}
-    path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
-    _write_readouts(name, folder)
+             "knn": knn_readouts(network) | {"tinyimagenet32, train to val": _in_domain(network)}}
+    _write_records(out, records)
+    write_json(bundled_dir() / f"{name}.json", card, indent=1)
+    path = bundled_dir() / f"{name}.safetensors"
+    write_whole(path, lambda file: file.write(weights))
     return path
 
 
-def _write_readouts(name: str, folder: Path) -> Path:
-    """What the arm's checkpoints are worth on CIFAR-10's test images, as committed records."""
-    like = max((known for known in BACKBONES if name.startswith(known)), key=len)
+def _network_of(name: str, weights: Path):
+    """The arm's network with weights of a file, as `load_backbone` gives it."""
+    return load_backbone(spec_of_recipe(name, asdict(ARMS[name].recipe), str(weights)))
+
+
+def readouts_of(name: str, folder: Path) -> list[dict]:
+    """What the arm's checkpoints are worth on CIFAR-10's test images, a record each."""
     target, source = load_dataset("cifar10", "test"), load_dataset("tinyimagenet32", "val")
     inside, records = source.subset(np.isin(source.labels, C5_CLASSES)), []
-    for mark in ("quarter", "half", "final"):
-        network = load_backbone(like, checkpoint=folder / f"{mark}.safetensors")
+    for mark in ("start", "quarter", "half", "final"):
+        if mark != "final" and not (folder / f"{mark}.safetensors").exists():
+            continue  # an arm of before, or one that lost it
+        network = _network_of(name, folder / f"{mark}.safetensors")
         shifted, home = (FeatureSet(images.name, images.split, f"{name} {mark}",
                                     cached_features(network, images), images.labels, images.classes)
                          for images in (target, inside))
@@ -93,23 +107,23 @@ def _write_readouts(name: str, folder: Path) -> Path:
             "consistency@20 within 500 images": {
                 where: round(float(small_pool_consistency(found).mean()), 3)
                 for where, found in (("tinyimagenet32 val", home), ("cifar10 test", shifted))}})
-    out = bundled_dir() / "readouts" / f"{name}.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
-    return out
+    return records
 
 
-def _in_domain(backbone: str) -> float:
+def _write_records(path: Path, records: list[dict]) -> None:
+    text = "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def _in_domain(network) -> float:
     """Weighted kNN accuracy on the source itself: Tiny-ImageNet's train images vote on its val."""
     train, val = (load_dataset("tinyimagenet32", split) for split in ("train", "val"))
-    network = load_backbone(backbone)
     return round(100 * knn_accuracy(cached_features(network, train), train.labels,
                                     cached_features(network, val), val.labels), 2)
 
 
-def knn_readouts(backbone: str, checkpoint=None) -> dict[str, float]:
+def knn_readouts(network) -> dict[str, float]:
     """Weighted kNN accuracy (K = 20, percent) on the targets, read once after learning."""
-    network = load_backbone(backbone, checkpoint=checkpoint)
     train, test = (load_dataset("cifar10", split) for split in ("train", "test"))
     fashion = load_dataset("fashion-mnist", "test")
     cifar = [cached_features(network, images) for images in (train, test)]

@@ -175,7 +175,7 @@ def settings_of(study, fit: FeatureSet) -> dict:
     """Everything that a trained head depends on, as JSON values."""
     of_the_profile = ("profile", "datasets", "backbones", "default_backbone", "bundled_vectors",
                       "umap_points", "n_fit", "full_seeds", "vit_and_resnet", "larger_and_smaller",
-                      "kmeans_only")
+                      "source_and_target", "kmeans_only")
     return {key: value for key, value in asdict(study).items() if key not in of_the_profile} | dict(
         dataset=fit.dataset, backbone=fit.backbone, n_clusters=_n_clusters(fit), n=len(fit.labels),
         dim=fit.features.shape[1], fit=fit.fingerprint, sources=source_hash(CORE))

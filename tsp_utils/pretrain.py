@@ -5,6 +5,7 @@ backbone out; labels never enter. All images lie as one uint8 tensor on the devi
 """
 
 import copy
+import hashlib
 import logging
 import math
 import os
@@ -87,7 +88,8 @@ class Network(nn.Module):
     def __init__(self, backbone: nn.Module, recipe: DinoRecipe):
         super().__init__()
         self.backbone = backbone
-        self.head = ProjectionHead(backbone.num_features, recipe)
+        width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+        self.head = ProjectionHead(width, recipe)
 
     def forward(self, *groups: torch.Tensor) -> torch.Tensor:
         """groups: crops [n, 3, S, S], one tensor a size -> logits [sum of n, O], in their order."""
@@ -143,7 +145,8 @@ def schedule(recipe: DinoRecipe, progress: float) -> dict[str, float]:
             after, peak, recipe.final_learning_rate),
         "weight_decay": cosine(progress, *recipe.weight_decay),
         "momentum": cosine(progress, *recipe.momentum),
-        "teacher_temperature": low + (high - low) * min(progress / recipe.temperature_warmup, 1),
+        "teacher_temperature": high if progress >= recipe.temperature_warmup else (
+            low + (high - low) * progress / recipe.temperature_warmup),
     }
 
 
@@ -155,10 +158,14 @@ class Dino:
         """images uint8 [N, H, W, 3]; dtype bfloat16 means autocast. See `pretrain_dino`."""
         self.recipe = recipe = _checked(recipe, images)
         self.device, self.dtype, self.seed = torch.device(device), dtype, seed
-        self.images = torch.as_tensor(images, device=device).permute(0, 3, 1, 2).contiguous()
+        self.budget = ""  # what the schedules run over, for `load` to compare
+        images = torch.as_tensor(images)
+        self.content = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()[:16]
+        self.images = images.to(device).permute(0, 3, 1, 2).contiguous()
         torch.manual_seed(seed)
         backbone = timm.create_model(recipe.architecture, num_classes=0,
                                      **dict(recipe.options), **dict(recipe.local_options))
+        _check_sizes(recipe, images, backbone)
         self.student = Network(backbone, recipe)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for module in self.teacher.modules():  # the teacher drops nothing
@@ -175,14 +182,15 @@ class Dino:
         others = [p for p in self.student.parameters() if p.requires_grad and p.ndim <= 1]
         self.adam = torch.optim.AdamW([dict(params=decayed), dict(params=others, weight_decay=0.0)])
         rank = dist.get_rank() if dist.is_initialized() else 0
+        if rank:  # else all processes would drop the same paths
+            torch.manual_seed(seed + 7919 * rank)
         self.generator = torch.Generator(device).manual_seed(seed + 7919 * rank)  # of the crops
         self.step_count, self.seconds, self.log = 0, 0.0, []
-        self.run_student, self.run_teacher = self.student, self.teacher
+        self.plain = self.student, self.teacher
         if dist.is_initialized():
-            self.run_student = DistributedDataParallel(self.student)
-        if compiled and _can_compile(device):
-            self.run_student = torch.compile(self.run_student)
-            self.run_teacher = torch.compile(self.run_teacher)
+            self.plain = DistributedDataParallel(self.student), self.teacher
+        self.run_student, self.run_teacher = map(torch.compile, self.plain) if compiled else (
+            self.plain)
 
     @property
     def images_seen(self) -> int:
@@ -203,12 +211,16 @@ class Dino:
         now = schedule(self.recipe, progress)
         if groups is None:
             groups = multi_crop(self.batch(), self.recipe, self.generator)
-        half = dict(device_type=self.device.type, dtype=torch.bfloat16,
-                    enabled=self.dtype == torch.bfloat16)
-        with torch.autocast(**half):
-            with torch.no_grad():
-                teacher = self.run_teacher(groups[0])
-            student = self.run_student(*groups)
+        groups = [group.to(self.center.dtype) for group in groups]
+        try:
+            teacher, student = self._logits(groups)
+        except Exception as error:
+            if (self.run_student, self.run_teacher) == self.plain:
+                raise
+            logger.warning("torch.compile does not work here (%s); the run goes on without it.",
+                           str(error).strip().split("\n")[0])
+            self.run_student, self.run_teacher = self.plain
+            teacher, student = self._logits(groups)
         n = len(groups[0]) // 2
         teacher, student = teacher.view(2, n, -1), student.view(-1, n, student.shape[-1])
         loss = dino_loss(student, teacher, self.center, self.recipe.student_temperature,
@@ -228,6 +240,13 @@ class Dino:
         self.last_teacher = teacher
         return loss.detach()
 
+    def _logits(self, groups: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The teacher's of the global crops, the student's of all."""
+        with torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
+            with torch.no_grad():
+                teacher = self.run_teacher(groups[0])
+            return teacher, self.run_student(*groups)
+
     @torch.no_grad()
     def health(self) -> dict[str, float]:
         """Figures of a collapse: entropy of the teacher's mean output (nats), feature spread.
@@ -238,12 +257,19 @@ class Dino:
              / self.recipe.teacher_temperature[1]).softmax(-1).mean((0, 1))
         x = multi_crop(self.batch()[:256], replace(self.recipe, n_local=0),
                        torch.Generator(self.device).manual_seed(0))[0]
+        self.teacher.backbone.eval()  # else batch norm would learn from being looked at
         features = F.normalize(self.teacher.backbone(x.to(self.center.dtype)).float(), dim=-1)
+        self.teacher.backbone.train()
         return {"teacher_entropy": float(-(p * p.clamp(min=1e-12).log()).sum()),
                 "feature_spread": float(features.std(0).mean())}
 
     def save(self, path: Path) -> None:
-        """Write the whole state, then move it into place: the last good one always survives."""
+        """Write the whole state, then move it into place: the last good one always survives.
+
+        Raises RuntimeError, and writes nothing, for weights that are no numbers any more.
+        """
+        if not all(bool(weights.isfinite().all()) for weights in self.student.parameters()):
+            raise _diverged(self.images_seen)
         state = {"settings": self._settings(), "student": self.student.state_dict(),
                  "teacher": self.teacher.state_dict(), "center": self.center,
                  "adam": self.adam.state_dict(), "generator": self.generator.get_state(),
@@ -264,7 +290,7 @@ class Dino:
     def load(self, path: Path) -> None:
         """Continue from `save`'s file. Raises ValueError for one made with other settings."""
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             theirs, ours = state["settings"], self._settings()
         except Exception as error:
             raise ValueError(f"{path} is not a checkpoint of this trainer ({error}); delete it or "
@@ -286,7 +312,8 @@ class Dino:
 
     def _settings(self) -> dict:
         plain = {key: str(value) for key, value in asdict(self.recipe).items()}
-        return plain | {"seed": str(self.seed), "n_images": str(len(self.images))}
+        return plain | {"seed": str(self.seed), "images": self.content, "budget": self.budget,
+                        "device": self.device.type, "dtype": str(self.dtype)}
 
 
 def pretrain_dino(images, recipe: DinoRecipe | None = None, *, budget_images: int | None = None,
@@ -302,12 +329,14 @@ def pretrain_dino(images, recipe: DinoRecipe | None = None, *, budget_images: in
     over it. `checkpoint` names a file that is resumed from if it is there and saved to every
     save_every_s seconds. `callback(run, entry)` is called n_reports times, for read-outs. A
     collapse (teacher's mean output or features without spread) is a logged warning.
-    Raises ValueError for a budget of 0, too few or too small images.
+    Raises ValueError for a budget of 0, too few or too small images, a checkpoint of other
+    settings; RuntimeError for a run that diverged.
     """
     recipe = recipe or DinoRecipe()
     if not (budget_images or budget_minutes) or min(budget_images or 1, budget_minutes or 1) <= 0:
         raise ValueError("The budget is empty; pass budget_images or budget_minutes above 0.")
     run = Dino(images, recipe, seed, device, dtype, compiled)
+    run.budget = f"{budget_images} images, {budget_minutes} minutes"
     if checkpoint is not None and Path(checkpoint).exists():
         run.load(checkpoint)
     saved = start = time.perf_counter()
@@ -315,14 +344,23 @@ def pretrain_dino(images, recipe: DinoRecipe | None = None, *, budget_images: in
 
     def progress() -> float:
         run.seconds = earlier + time.perf_counter() - start
-        return max(run.images_seen / budget_images if budget_images else 0,
-                   run.seconds / 60 / budget_minutes if budget_minutes else 0)
+        share = max(run.images_seen / budget_images if budget_images else 0,
+                    run.seconds / 60 / budget_minutes if budget_minutes else 0)
+        if budget_minutes and dist.is_initialized():  # by one clock, or processes would part
+            shared = torch.tensor(share, device=device, dtype=torch.float64)
+            dist.broadcast(shared, 0)
+            share = float(shared)
+        return share
 
-    while (share := progress()) < 1:
-        loss = run.step(share)
-        if progress() * n_reports >= len(run.log) + 1 or progress() >= 1:
+    share = progress()
+    while share < 1:
+        at, loss = share, run.step(share)
+        share = progress()
+        if share * n_reports >= len(run.log) + 1 or share >= 1:
+            if not loss.isfinite():
+                raise _diverged(run.images_seen)
             entry = {"images_seen": run.images_seen, "seconds": round(run.seconds, 1),
-                     "loss": float(loss), **run.health(), **schedule(recipe, share)}
+                     "loss": float(loss), **run.health(), **schedule(recipe, at)}
             _warn_of_collapse(entry, recipe)
             run.log.append(entry)
             if callback is not None:
@@ -333,6 +371,12 @@ def pretrain_dino(images, recipe: DinoRecipe | None = None, *, budget_images: in
     if checkpoint is not None:
         run.save(checkpoint)
     return run
+
+
+def _diverged(images_seen: int) -> RuntimeError:
+    return RuntimeError(f"The run diverged: after {images_seen:,} images loss or weights are not "
+                        f"finite; lower learning_rate. The last good checkpoint, if there is one, "
+                        f"was kept.")
 
 
 def _warn_of_collapse(entry: dict, recipe: DinoRecipe) -> None:
@@ -352,19 +396,15 @@ def _checked(recipe: DinoRecipe, images) -> DinoRecipe:
     if len(images) < 2:
         raise ValueError(f"{len(images)} image is too few to learn from; pass at least 2, and "
                          f"thousands for features of use.")
-    patch = dict(recipe.options).get("patch_size", 1)
+    if "uint8" not in str(images.dtype):
+        raise ValueError(f"The images are {images.dtype}; pass uint8 in [0, 255].")
+    return replace(recipe, batch_size=min(recipe.batch_size, len(images)))
+
+
+def _check_sizes(recipe: DinoRecipe, images, backbone: nn.Module) -> None:
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", 1)
+    patch = max(patch) if isinstance(patch, tuple) else patch
     if min(images.shape[1:3]) < patch or recipe.local_size % patch or recipe.global_size % patch:
         raise ValueError(f"Images of {images.shape[1]} x {images.shape[2]} px and crops of "
                          f"{recipe.global_size} and {recipe.local_size} px do not fit patches of "
                          f"{patch} px; pass larger images, or crops that are multiples of it.")
-    return replace(recipe, batch_size=min(recipe.batch_size, len(images)))
-
-
-def _can_compile(device) -> bool:
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-        return True
-    except Exception as error:
-        logger.warning("torch.compile does not work here (%s); the run goes on without it.",
-                       str(error).strip().split("\n")[0])
-        return False

@@ -56,6 +56,7 @@ class Study:
     kmeans_only: tuple[str, ...] = ()  # backbones without heads in Table 1, as the paper's pixels
     vit_and_resnet: tuple[str, ...] = ("vit_nano_cpu", "resnet_nano_cpu")  # of C1 and C5
     larger_and_smaller: tuple[str, ...] = ("vit_nano_cpu", "vit_pico_cpu")  # of C4
+    source_and_target: tuple[str, ...] = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k")  # of C6
     full_seeds: bool = False  # verdicts with the seeds that docs/rules.md asks for, not n_seeds
     umap_points: int = 2000  # points of a map, chosen once by seed
 
