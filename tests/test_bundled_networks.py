@@ -177,3 +177,16 @@ def test_an_unfinished_arm_is_not_bundled(monkeypatch, tmp_path):
         bundle_backbone("vit_nan")
     with pytest.raises(FileNotFoundError, match="run python -m tsp_utils pretrain vit_nano first"):
         bundle_backbone("vit_nano")
+
+
+def test_a_dictionary_learned_again_takes_its_place_with_its_card(monkeypatch, tmp_path):
+    small = functools.partial(bundle.learn_patch_kmeans, n_atoms=16, n_features=8, n_patches=2000,
+                              n_pca_images=200)
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bundle, "learn_patch_kmeans", small)
+    monkeypatch.setattr(bundle, "load_dataset", images_of)
+    path = bundle.learn_patches(tmp_path / "dictionary" / "patches.safetensors")
+    written = json.loads(path.with_suffix(".json").read_text())
+    assert written["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert written["atoms"] == 16 and len(written["knn"]) == 2
+    assert sorted(p.name for p in path.parent.iterdir()) == ["patches.json", "patches.safetensors"]

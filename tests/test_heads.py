@@ -157,8 +157,8 @@ def test_a_head_with_a_hidden_layer_is_torchs():
         inner = torch.relu(x @ heads.hidden.weight[s].T + heads.hidden.bias[s])
         expected = inner @ heads.weight[s].T + heads.bias[s]
         torch.testing.assert_close(heads(x)[s], expected, rtol=1e-4, atol=1e-5)
-    default = torch.nn.Linear(16, 4000).weight  # the same law as torch's own layers
-    ours = MLPHeads(16, 5, seeds=[0], n_hidden=4000).hidden.weight
+    default = torch.nn.Linear(16, 4000).weight.detach()  # the same law as torch's own layers
+    ours = MLPHeads(16, 5, seeds=[0], n_hidden=4000).hidden.weight.detach()
     assert float(ours.std()) == pytest.approx(float(default.std()), rel=0.02)
     assert float(ours.abs().max()) <= 0.25 == 1 / math.sqrt(16)
 

@@ -34,6 +34,7 @@ def learn_patches(out: str | None = None, seed: int = 0) -> Path:
     """
     path = Path(out) if out else bundled_dir() / "patch_kmeans.safetensors"
     learned = path.with_name(f".{path.name}.new")  # takes its place when its card is known
+    path.parent.mkdir(parents=True, exist_ok=True)  # before the minutes, not after
     source = load_dataset("tinyimagenet32", "train")
     start = time.perf_counter()
     network = learn_patch_kmeans(source.images, seed=seed)
