@@ -8,7 +8,6 @@ are for pixels in [0, 255], and so are ours.
 """
 
 import logging
-from itertools import product
 
 import faiss
 import numpy as np
@@ -21,7 +20,6 @@ from tqdm.auto import tqdm
 
 PATCH, SIDE = 6, 32
 GRID = SIDE - PATCH + 1  # 27 positions a side
-THIRD = GRID * GRID // 3
 CONTRAST, WHITENING = 10.0, 0.1
 
 logger = logging.getLogger(__name__)
@@ -68,15 +66,15 @@ class PatchKMeans(nn.Module):
 
         images float32 [B, 3, 32, 32] in [0, 1]; returns [B, 4A].
         """
-        pooled = images.new_zeros(len(images), 4, len(self.atoms))
-        d = images.new_empty(THIRD, len(self.atoms))  # 1.5 MB: what a core keeps at hand
-        for few, out in zip(images.split(8), pooled.split(8), strict=True):
+        pooled = images.new_empty(len(images), 4, len(self.atoms))
+        d = images.new_empty(GRID * GRID, len(self.atoms))  # fresh memory an image costs more
+        for few, out in zip(images.split(8), pooled.split(8), strict=True):  # few, for the cache
             z = (_contrast_normalised(few) - self.mean) @ self.whitener  # [8, 729, 108]
             z = torch.cat([z, z.square().sum(-1, keepdim=True), torch.ones_like(z[..., :1])], -1)
-            for i, a in product(range(len(few)), range(0, GRID * GRID, THIRD)):
-                torch.mm(z[i, a:a + THIRD], self.distance, out=d).clamp_(min=0).sqrt_()
-                torch.sub(d.mean(1, keepdim=True), d, out=d).relu_()
-                out[i].addmm_(self.quadrants[:, a:a + THIRD], d)
+            for i, patches in enumerate(z):  # and one by one: 729 x A distances are 4.5 MB
+                torch.mm(patches, self.distance, out=d).clamp_(min=0).sqrt_()  # [729, A]
+                torch.mm(self.quadrants, torch.sub(d.mean(1, keepdim=True), d, out=d).relu_(),
+                         out=out[i])
         return pooled.flatten(1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
