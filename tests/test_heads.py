@@ -106,6 +106,21 @@ def test_neighbours_are_drawn_with_their_weights():
     assert shares[3] == 0
 
 
+def test_a_draw_that_rounding_brings_up_to_the_whole_sum_is_the_last_neighbour():
+    from tsp_utils.heads import draw_pairs
+
+    class Highest:
+        permutation = staticmethod(np.arange)
+
+        @staticmethod
+        def random(n, dtype):
+            return np.ones(n, dtype)
+
+    cumulative = np.tile(np.float32([0.5, 0.8, 1.0]), (4, 1))
+    samples, neighbors = draw_pairs(Highest, np.tile([7, 8, 9], (4, 1)), cumulative, 4)
+    assert list(samples) == [0, 1, 2, 3] and list(neighbors) == [9, 9, 9, 9]
+
+
 def test_training_finds_the_blobs_and_records_its_curves():
     heads = init_heads(FEATURES, 5, seeds=[0, 1, 2])
     history = train_heads(heads, max_epochs=40)

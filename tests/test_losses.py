@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tsp_utils import tsp_loss
-from tsp_utils.losses import loss_terms
+from tsp_utils.losses import log_probabilities, loss_terms
 
 RNG = np.random.default_rng(0)
 
@@ -26,12 +26,22 @@ def test_equals_the_float64_reference_for_every_head_of_a_stack(entropy_weight):
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12)
 
 
+def terms(logits, neighbor_logits):
+    return loss_terms(log_probabilities(logits), log_probabilities(neighbor_logits))
+
+
+def test_log_probabilities_are_torchs_with_the_classes_first():
+    logits = torch.tensor(RNG.normal(0, 2, (4, 32, 7)))
+    expected = torch.nn.functional.log_softmax(logits, -1).transpose(1, 2)
+    torch.testing.assert_close(log_probabilities(logits), expected)
+
+
 def test_by_hand():
     certain = torch.tensor([[50.0, 0], [0, 50.0]], dtype=torch.float64)
-    consistency, entropy = loss_terms(certain, certain)
+    consistency, entropy = terms(certain, certain)
     assert consistency.item() == pytest.approx(0, abs=1e-12)
     assert entropy.item() == pytest.approx(np.log(2))
-    consistency, entropy = loss_terms(torch.zeros(3, 5), torch.zeros(3, 5))
+    consistency, entropy = terms(torch.zeros(3, 5), torch.zeros(3, 5))
     assert consistency.item() == pytest.approx(np.log(5), rel=1e-6)
     assert entropy.item() == pytest.approx(np.log(5), rel=1e-6)
 
@@ -39,7 +49,7 @@ def test_by_hand():
 def test_the_gradient_survives_total_disagreement():
     """log(sum(p * q)) in float32 underflows here to log(0); the logsumexp does not."""
     logits = torch.tensor([[200.0, 0]], requires_grad=True)
-    loss, _ = loss_terms(logits, torch.tensor([[0, 200.0]]))
+    loss, _ = terms(logits, torch.tensor([[0, 200.0]]))
     loss.backward()
     assert torch.isfinite(loss) and loss.item() == pytest.approx(200 - np.log(2), rel=1e-5)
     assert torch.isfinite(logits.grad).all()

@@ -190,17 +190,31 @@ def test_two_run_side_by_side_and_a_reader_of_evidence_waits(folder):
     assert [name for name, _ in happened].index("02_c") >= 2
 
 
-def test_one_goes_from_the_front_the_other_from_the_back(folder):
-    a, b, c, d, e = (folder / f"0{i}_{name}.ipynb" for i, name in enumerate("abcde"))
-    for path in (a, b, d, e):
-        write_notebook(folder, path.stem, "1 + 1")
-    write_notebook(folder, c.stem, "# read_evidence(study)")
-    assert run._next_to_start([a, b, c, d, e], []) == a
-    assert run._next_to_start([b, c, d, e], [a]) == e
-    assert run._next_to_start([b, c, d], [e]) == b  # a has ended
-    assert run._next_to_start([c, d], [b]) == d
-    assert run._next_to_start([c], [b]) is None  # it reads what b leaves
-    assert run._next_to_start([c], [d]) == c
+def test_side_by_side_the_longest_begins_and_one_at_a_time_the_first(folder, executed):
+    for name, said in (("00_a", "nothing"), ("01_b", "**Takes** about 20 s (`offline`)."),
+                       ("02_c", "**Takes** 155 s the first time, 28 s from the cache."),
+                       ("03_d", "**Takes** 10 s.\n\nFig. 5 took 900 s."), ("04_e", "")):
+        write_notebook(folder, name, "1 + 1" if name != "03_d" else "# read_evidence(study)")
+        notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
+        notebook.cells[0].source += f"\n\n{said}"
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+    what_happened(folder=folder, jobs=1)
+    assert [name for name, _ in executed] == ["00_a", "01_b", "02_c", "03_d", "04_e"]
+    executed.clear()
+    what_happened(folder=folder, jobs=2, force=True)
+    assert [name for name, _ in executed[:2]] == ["02_c", "01_b"]
+    assert {name for name, _ in executed[2:]} == {"00_a", "03_d", "04_e"}
+
+
+def test_a_reader_of_evidence_waits_for_those_before_it_alone(folder):
+    a, b, c = (folder / f"0{i}_{name}.ipynb" for i, name in enumerate("abc"))
+    write_notebook(folder, "00_a", "1 + 1")
+    write_notebook(folder, "01_b", "# read_evidence(study)")
+    write_notebook(folder, "02_c", "1 + 1")
+    assert run._next_to_start([b, a, c], []) == a
+    assert run._next_to_start([b, c], [a]) == c
+    assert run._next_to_start([b], [a, c]) is None
+    assert run._next_to_start([b], [c]) == b
 
 
 def test_less_than_one_notebook_at_a_time_is_refused(folder):

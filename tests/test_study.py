@@ -200,6 +200,35 @@ def test_a_run_leaves_a_record_and_is_not_trained_twice(tiny, trainings):
     assert changed.settings["n_neighbors"] == 5 and tiny.n_neighbors == 20
 
 
+@pytest.mark.parametrize("n_hidden", [None, 8])
+def test_more_seeds_train_only_the_difference_and_fewer_train_none(tiny, monkeypatch, tmp_path,
+                                                                   n_hidden):
+    settings, trained, train = dict(n_hidden=n_hidden), [], heads.train_heads
+
+    def noted(untrained, *args, **kwargs):
+        trained.append(list(untrained.seeds))
+        return train(untrained, *args, **kwargs)
+
+    monkeypatch.setattr("tsp_utils.heads.train_heads", noted)
+    tiny.train("fashion-mnist", "pixels", n_seeds=2, **settings)
+    grown = tiny.train("fashion-mnist", "pixels", n_seeds=4, **settings)
+    fewer = tiny.train("fashion-mnist", "pixels", n_seeds=3, **settings)
+    assert trained == [[0, 1], [2, 3]]
+
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "another cache"))
+    at_once = tiny.train("fashion-mnist", "pixels", n_seeds=4, **settings)
+    assert trained[2:] == [[0, 1, 2, 3]]
+    for name, array in at_once.heads.state_dict().items():
+        torch.testing.assert_close(grown.heads.state_dict()[name], array, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(fewer.heads.state_dict()[name], array[:3], rtol=1e-5, atol=1e-6)
+    pd.testing.assert_frame_equal(grown.table, at_once.table)
+    for name, curve in at_once.curves.items():
+        assert curve.shape == (5, 4)  # [E, S]
+        np.testing.assert_allclose(grown.curves[name], curve, rtol=1e-5)
+        np.testing.assert_allclose(fewer.curves[name], curve[:, :3], rtol=1e-5)
+    assert fewer.seconds < grown.seconds
+
+
 def test_changed_features_or_sources_train_again(tiny, trainings, monkeypatch):
     found = tiny.features("fashion-mnist", "pixels")
     run_heads(tiny, found, found)

@@ -81,15 +81,12 @@ def run_heads(study, fit: FeatureSet, score: FeatureSet) -> HeadRuns:
     from tsp_utils.neighbors import nearest_neighbors
 
     settings = settings_of(study, fit) | dict(score=score.fingerprint)
-    key = _key(settings)
-    path = cache_dir() / "heads" / f"{_file_name(fit)}_{key}.npz"
     centers, scale = fit_kmeans(study, fit)
-    arrays = _read_arrays(path)
-    was_read = arrays is not None
-    if not was_read:
+
+    def train(seeds) -> dict:
         start = time.perf_counter()
         scaled = apply_scaling(fit.features, study.scaling, scale)
-        heads = _new_heads(study, settings, scaled, centers)
+        heads = _new_heads(study, settings, scaled, centers, seeds)
         neighbors = nearest_neighbors(scaled, study.n_neighbors, study.metric)
         uniform = np.full(neighbors.indices.shape, 1 / study.n_neighbors, np.float32)
         history = train_heads(
@@ -97,35 +94,38 @@ def run_heads(study, fit: FeatureSet, score: FeatureSet) -> HeadRuns:
             entropy_weight=study.entropy_weight, max_epochs=study.max_epochs,
             min_steps=study.min_steps, batch_size=study.batch_size,
             learning_rate=study.learning_rate, device=find_device())
-        arrays = {f"curve_{name}": curve for name, curve in history.arrays().items()} | {
+        made_with = json.dumps(versions() | {"machine": platform.machine(),
+                                             "device": find_device()})
+        return {f"curve_{name}": curve.T for name, curve in history.arrays().items()} | {
             f"state_{name}": array.numpy() for name, array in heads.state_dict().items()} | dict(
-            seconds=time.perf_counter() - start,
-            made_with=json.dumps(versions() | {"machine": platform.machine(),
-                                               "device": find_device()}))
-        write_whole(path, lambda file: np.savez(file, **arrays))
-    curves = {name.removeprefix("curve_"): arrays[name] for name in arrays if "curve_" in name}
-    if was_read:  # a collapse is said again, whenever its heads are used
-        warn_of_collapse(curves, study.seeds, settings["n_clusters"], study.entropy_weight)
-    heads = _new_heads(study, settings, fit.features, centers)
+            seconds=np.full(len(seeds), (time.perf_counter() - start) / len(seeds)),
+            made_with=np.full(len(seeds), made_with))
+
+    arrays, n_read = arrays_of_seeds(fit, settings, "heads", study.seeds, train)
+    curves = {name.removeprefix("curve_"): arrays[name].T for name in arrays if "curve_" in name}
+    if n_read:  # a collapse is said again, whenever its heads are used
+        warn_of_collapse({name: curve[:, :n_read] for name, curve in curves.items()},
+                         study.seeds[:n_read], settings["n_clusters"], study.entropy_weight)
+    heads = _new_heads(study, settings, fit.features, centers, study.seeds)
     heads.load_state_dict({name.removeprefix("state_"): torch.from_numpy(array)
                            for name, array in arrays.items() if name.startswith("state_")})
     run = HeadRuns(settings, centers, heads, curves, scale, pd.DataFrame(),
-                   float(arrays["seconds"]))
+                   float(arrays["seconds"].sum()))
     table = score_clusters(study, fit, score,
                             {"k-means": run.kmeans_clusters, "head": run.head_clusters})
-    _write_record(study.run_dir / "records" / f"{_file_name(fit)}_{key}.json", run, table,
-                  json.loads(str(arrays["made_with"])))
+    _write_record(study.run_dir / "records" / f"{_file_name(fit)}_{_key(settings)}.json", run,
+                  table, json.loads(str(arrays["made_with"][-1])))
     return replace(run, table=table)
 
 
-def _new_heads(study, settings: dict, features: np.ndarray, centers: np.ndarray):
+def _new_heads(study, settings: dict, features: np.ndarray, centers: np.ndarray, seeds):
     """Untrained heads of a setting: Appendix A's start, another one, or a hidden layer."""
     from tsp_utils.heads import MLPHeads, init_heads
 
     if study.n_hidden:
-        return MLPHeads(features.shape[1], settings["n_clusters"], study.seeds, study.n_hidden)
-    return init_heads(features, settings["n_clusters"], study.seeds, study.init, study.row_norm,
-                      centers)
+        return MLPHeads(features.shape[1], settings["n_clusters"], seeds, study.n_hidden)
+    return init_heads(features, settings["n_clusters"], seeds, study.init, study.row_norm,
+                      centers[list(seeds)])
 
 
 def run_kmeans(study, fit: FeatureSet, score: FeatureSet) -> pd.DataFrame:
@@ -139,16 +139,17 @@ def fit_kmeans(study, fit: FeatureSet) -> tuple[np.ndarray, float]:
     """K-means centres [S, C, D] of the scaled features, all seeds, and the scalar; cached."""
     from tsp_utils.heads import kmeans, scale_features
 
-    needed = ("n_seeds", "scaling", "dataset", "backbone", "n_clusters", "fit", "sources")
+    needed = ("scaling", "dataset", "backbone", "n_clusters", "fit", "sources")
 
-    def make() -> dict:
+    def make(seeds) -> dict:
         scaled = scale_features(fit.features, study.scaling)
-        return dict(centers=kmeans(scaled, _n_clusters(fit), study.seeds).centers,
-                    scale=scalar_between(fit.features, scaled))
+        return dict(centers=kmeans(scaled, _n_clusters(fit), seeds).centers,
+                    scale=np.full(len(seeds), scalar_between(fit.features, scaled)))
 
-    arrays = cached_arrays(fit, {name: settings_of(study, fit)[name] for name in needed}, "kmeans",
-                           make)
-    return arrays["centers"], float(arrays["scale"])
+    settings = settings_of(study, fit)
+    arrays, _ = arrays_of_seeds(fit, {name: settings[name] for name in needed}, "kmeans",
+                                study.seeds, make)
+    return arrays["centers"], float(arrays["scale"][0])
 
 
 def scalar_between(features: np.ndarray, scaled: np.ndarray) -> float:
@@ -157,14 +158,37 @@ def scalar_between(features: np.ndarray, scaled: np.ndarray) -> float:
     return float(np.linalg.norm(scaled[row]) / np.linalg.norm(features[row]))
 
 
+def arrays_of_seeds(fit: FeatureSet, settings: dict, what: str, seeds: range,
+                    make) -> tuple[dict, int]:
+    """Arrays [S, ...] by name of the first S seeds, and how many of these were read.
+
+    A seed gives the same run alone or among others, so the cache's file grows: `make(seeds)` is
+    called for the seeds that it lacks, and more seeds cost no more than the difference.
+    """
+    settings = {name: value for name, value in settings.items() if name != "n_seeds"}
+    path = _arrays_path(fit, settings, what)
+    arrays = _read_arrays(path)
+    n_read = min(len(seeds), len(next(iter(arrays.values())))) if arrays else 0
+    if n_read < len(seeds):
+        made = make(seeds[n_read:])
+        arrays = {name: np.concatenate([arrays[name], made[name]]) for name in made} if n_read \
+            else made
+        write_whole(path, lambda file: np.savez(file, **arrays))
+    return {name: array[:len(seeds)] for name, array in arrays.items()}, n_read
+
+
 def cached_arrays(fit: FeatureSet, settings: dict, what: str, make) -> dict:
     """Arrays by name, read from the cache of heads or made by `make()` and written there."""
-    path = cache_dir() / "heads" / f"{_file_name(fit)}_{_key(settings)}_{what}.npz"
+    path = _arrays_path(fit, settings, what)
     arrays = _read_arrays(path)
     if arrays is None:
         arrays = make()
         write_whole(path, lambda file: np.savez(file, **arrays))
     return arrays
+
+
+def _arrays_path(fit: FeatureSet, settings: dict, what: str) -> Path:
+    return cache_dir() / "heads" / f"{_file_name(fit)}_{_key(settings)}_{what}.npz"
 
 
 def _n_clusters(fit: FeatureSet) -> int:

@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans
 from torch import nn
 from tqdm.auto import tqdm
 
-from tsp_utils.losses import loss_terms
+from tsp_utils.losses import log_probabilities, loss_terms
 from tsp_utils.neighbors import Neighbors, check_finite, neighbor_weights
 
 logger = logging.getLogger(__name__)
@@ -202,15 +202,16 @@ def train_heads(heads: LinearHeads, features: np.ndarray, neighbors: Neighbors, 
             rows = pairs[:, :, step].reshape(-1)  # [S * 2B]: samples, then neighbours
             torch.index_select(x, 0, rows, out=batch)
             logits = heads(batch.view(n_seeds, -1, x.shape[1]))  # [S, 2B, C]
-            mine, others = logits.split(batch_size, 1)
-            consistency, entropy = loss_terms(mine, others)  # [S], [S]
-            adam.zero_grad(set_to_none=True)
+            log_p, log_q = map(log_probabilities, logits.split(batch_size, 1))  # [S, C, B] each
+            consistency, entropy = loss_terms(log_p, log_q)  # [S], [S]
+            heads.zero_grad()
             (consistency - entropy_weight * entropy).sum().backward()  # heads do not mix
             adam.step()
             with torch.no_grad():
                 terms[step] = torch.stack([consistency, entropy]).cpu()
-                mean_p += mine.mT.contiguous().softmax(1).mean(-1) / n_steps  # as in `loss_terms`
-                assigned.scatter_add_(1, mine.argmax(-1), torch.ones_like(mine[..., 0]))
+                mean_p += log_p.exp().mean(-1) / n_steps
+                best = log_p.max(1).indices  # [S, B]; argmax is slower
+                assigned.scatter_add_(1, best, torch.ones_like(log_p[:, 0]))
         _write_history(history, terms.numpy(), mean_p.cpu().numpy(), assigned.cpu().numpy(),
                        entropy_weight)
         if callback is not None:
@@ -227,9 +228,11 @@ def draw_pairs(rng, indices, cumulative, n_pairs: int) -> np.ndarray:
     indices [N, K] of the neighbours, cumulative [N, K] sums of their weights.
     """
     samples = rng.permutation(len(indices))[:n_pairs]
-    u = rng.random(n_pairs, np.float32)[:, None] * cumulative[samples, -1:]
-    drawn = (cumulative[samples] <= u).sum(1).clip(max=indices.shape[1] - 1)
-    return np.stack([samples, indices[samples, drawn]])
+    sums = cumulative.take(samples, 0)  # [n_pairs, K]
+    u = rng.random(n_pairs, np.float32)[:, None] * sums[:, -1:]
+    beyond = sums > u
+    beyond[:, -1] = True  # where rounding brings u up to the whole sum
+    return np.stack([samples, indices[samples, beyond.argmax(1)]])
 
 
 def _write_history(history, terms, mean_p, assigned, entropy_weight) -> None:

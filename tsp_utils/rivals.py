@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from tsp_utils.heads import LinearHeads, draw_pairs, init_heads, kmeans
 from tsp_utils.icbpl import ICBPLHeads
-from tsp_utils.losses import loss_terms, tsp_loss
+from tsp_utils.losses import log_probabilities, loss_terms, tsp_loss
 from tsp_utils.neighbors import Neighbors, neighbor_weights
 
 
@@ -66,7 +66,7 @@ def nnm(a, b, step):
     local = a.gather(2, nearest[:, None].expand_as(a))
     total = 0
     for other in (b, local):
-        consistency, entropy = loss_terms(a.mT, other.mT)
+        consistency, entropy = loss_terms(log_probabilities(a.mT), log_probabilities(other.mT))
         total = total + consistency + _match_columns(a.softmax(1), other.softmax(1))
     return total - 5 * entropy
 

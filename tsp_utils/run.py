@@ -32,8 +32,8 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS,
     """Run every notebook of a profile into its run folder; yields (name, what happened, seconds).
 
     `jobs` notebooks run side by side, each on its share of the cores: two, or one where they would
-    share a GPU or a single core. One goes through the notebooks from the front, the others from the
-    back; a notebook that reads the others' evidence waits for all before it.
+    share a GPU or a single core. One at a time they run in their order; side by side those that say
+    they take longest begin, and one that reads the others' evidence waits for all before it.
     A notebook is skipped when its executed copy carries the same hash (its source, the profile, the
     library's sources, the data at hand). Raises RuntimeError naming the first cell that fails: what
     is still running then is stopped, the executed copies that are finished stay.
@@ -46,6 +46,8 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS,
     n_cores = joblib.cpu_count()
     jobs = jobs or (1 if n_cores == 1 or find_device() != "cpu" else 2)
     waiting, running = notebook_paths(folder), {}
+    if jobs > 1:  # so that no long one is left to the end, with nothing beside it
+        waiting.sort(key=_seconds_said, reverse=True)
     try:
         while waiting or running:
             path = _next_to_start(waiting, running)
@@ -70,15 +72,15 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS,
 
 
 def _next_to_start(waiting: list[Path], running) -> Path | None:
-    """The first notebook that waits or, beside one before it, the last.
+    """The first that waits for nothing: a reader of evidence waits for all notebooks before it."""
+    return next((path for path in waiting if not _reads_evidence(path)
+                 or all(path.name <= other.name for other in [*waiting, *running])), None)
 
-    Neighbours want the same features, and one would wait for the other's extraction.
-    """
-    ready = [path for path in waiting if not _reads_evidence(path)
-             or all(path.name <= other.name for other in [*waiting, *running])]
-    if not ready:
-        return None
-    return ready[-1] if any(path.name < ready[0].name for path in running) else ready[0]
+
+def _seconds_said(path: Path) -> int:
+    """The seconds that a notebook's head says it takes, at most; 0 where it says nothing."""
+    said = re.search(r"\*\*Takes\*\*[^\n]*", path.read_text(encoding="utf-8"))
+    return max(map(int, re.findall(r"(\d+) s\b", said[0])), default=0) if said else 0
 
 
 class _Execution:
