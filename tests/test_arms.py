@@ -25,6 +25,7 @@ from tsp_utils.arms import (
     Arm,
     arm_images,
     find_arm,
+    gflop_per_image,
     pretrain_arm,
 )
 from tsp_utils.datasets import ImageDataset
@@ -143,6 +144,7 @@ def test_an_arm_leaves_weights_that_load_and_a_log(small_world, tmp_path):
     assert log["images_seen"] == 320 and log["n_source_images"] == 40
     assert log["source"] == "cifar10, train split, all images"
     assert log["images_per_second, read-outs included"] > 0
+    assert log["gflop_per_image"] > 0 and 0 < log["share_of_the_matrix_rate"] < 1
     assert all(0 <= entry["knn_tinyimagenet_val"] <= 100 for entry in log["log"])
     assert len({(folder / f"{mark}.safetensors").read_bytes()
                 for mark in ("quarter", "half", "final")}) == 3
@@ -219,6 +221,20 @@ def test_networks_of_a_size_of_their_own_see_images_at_that_size():
     run.teacher.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     assert arms.encode(run, images_of("cifar10", "test").images).shape == (40, 32)
     assert [tuple(shape) for shape in seen] == [(40, 3, 64, 64)]
+
+
+@pytest.mark.parametrize("name, expected", [("vit_mini", 9), ("vits16_cifar10", 115)])
+def test_the_operations_of_an_image_are_about_those_of_the_arithmetic(name, expected):
+    """Estimates made without a counter: the design's for ViT-Ti, docs' for ViT-S."""
+    assert gflop_per_image(ARMS[name].recipe) == pytest.approx(expected, rel=0.05)
+
+
+def test_the_operations_are_those_of_a_real_step():
+    run = Dino(images_of("cifar10", "train").images, TINY)
+    with FlopCounterMode(display=False) as counted:
+        run.step(0.5)
+    a_step = counted.get_total_flops() / TINY.batch_size / 1e9
+    assert gflop_per_image(TINY) == pytest.approx(a_step, rel=0.1)  # the step has crops and loss
 
 
 def test_an_unknown_arm_names_the_nearest():

@@ -129,6 +129,14 @@ def test_a_hit_does_not_call_the_model_and_is_read_only(tmp_path):
     assert record["rows"] == 100 and record["description"]["content"] == "seed0"
 
 
+def test_a_path_or_an_array_in_place_of_a_data_set_is_refused(tmp_path):
+    for given, kind in (("photos", "str"), (make_dataset().images, "ndarray")):
+        with pytest.raises(TypeError, match=f"takes a data set, and this is of type {kind}: pass "
+                                            f"load_dataset"):
+            cached_features(Plain(), given, tmp_path)
+    assert files(tmp_path) == []
+
+
 def test_the_default_folder_is_in_tsp_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TSP_CACHE", str(tmp_path))
     cached_features(Plain(), make_dataset(), progress=False)

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from tsp_utils.feature_sets import draw_rows, load_vectors
 from tsp_utils.head_runs import code_alone, run_heads, source_hash, summarise
 from tsp_utils.heads import scale_features
 from tsp_utils.image_folders import find_images, read_images
-from tsp_utils.paths import PACKAGE, REPOSITORY, data_dir
+from tsp_utils.paths import PACKAGE, REPOSITORY, data_dir, write_json
 from tsp_utils.study import Study, load_study
 
 pytestmark = pytest.mark.filterwarnings("ignore:Collapse")  # a few steps on a few images
@@ -181,7 +182,8 @@ def test_a_run_leaves_a_record_and_is_not_trained_twice(tiny, trainings):
     (record,) = records(tiny)
     assert record["settings"]["n_neighbors"] == 20 and record["settings"]["n"] == 600
     assert {"dataset", "backbone", "fit", "score", "sources"} <= record["settings"].keys()
-    assert {"python", "torch", "scikit-learn", "machine", "device"} <= record["made_with"].keys()
+    (made_with,) = record["made_with"]
+    assert {"python", "torch", "scikit-learn", "machine", "device"} <= made_with.keys()
     assert record["seconds"] > 0 and len(record["final_loss"]) == 2
     assert [(row["method"], row["seed"]) for row in record["metrics"]] == [
         ("k-means", 0), ("k-means", 1), ("head", 0), ("head", 1)]
@@ -211,6 +213,7 @@ def test_more_seeds_train_only_the_difference_and_fewer_train_none(tiny, monkeyp
 
     monkeypatch.setattr("tsp_utils.heads.train_heads", noted)
     tiny.train("fashion-mnist", "pixels", n_seeds=2, **settings)
+    monkeypatch.setattr("tsp_utils.head_runs.versions", lambda: {"torch": "a later one"})
     grown = tiny.train("fashion-mnist", "pixels", n_seeds=4, **settings)
     fewer = tiny.train("fashion-mnist", "pixels", n_seeds=3, **settings)
     assert trained == [[0, 1], [2, 3]]
@@ -227,6 +230,22 @@ def test_more_seeds_train_only_the_difference_and_fewer_train_none(tiny, monkeyp
         np.testing.assert_allclose(grown.curves[name], curve, rtol=1e-5)
         np.testing.assert_allclose(fewer.curves[name], curve[:, :3], rtol=1e-5)
     assert fewer.seconds < grown.seconds
+    made_with = {record["settings"]["n_seeds"]: [made["torch"] for made in record["made_with"]]
+                 for record in records(tiny)}
+    assert made_with == {2: [version("torch")], 3: [version("torch"), "a later one"],
+                         4: ["a later one"]}  # the last was made at once, in another cache
+
+
+def test_a_place_that_cannot_be_written_is_named_with_what_would_help(tmp_path, monkeypatch):
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    (tmp_path / "other").touch()
+    with pytest.raises(OSError, match=r"file.heads cannot be written \(.*\); make it writable, "
+                                      r"with some space left, or point TSP_CACHE"):
+        write_json(tmp_path / "file" / "heads" / "a.json", {})
+    with pytest.raises(OSError, match=r"other cannot be written \(.*\); make it writable, with "
+                                      r"some space left\.$"):
+        write_json(tmp_path / "other" / "a.json", {})
 
 
 def test_changed_features_or_sources_train_again(tiny, trainings, monkeypatch):

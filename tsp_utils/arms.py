@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save
+from torch.utils.flop_counter import FlopCounterMode
 
 import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
 from tsp_utils.backbones import gains_from_bf16
@@ -29,7 +30,7 @@ from tsp_utils.feature_sets import draw_rows, spread_rows
 from tsp_utils.head_runs import source_hash, versions
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.paths import runs_dir, write_json, write_whole
-from tsp_utils.pretrain import Dino, DinoRecipe, pretrain_dino
+from tsp_utils.pretrain import Dino, DinoRecipe, Network, pretrain_dino
 
 logger = logging.getLogger(__name__)
 
@@ -209,12 +210,16 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
     if not first:
         return folder
     save_backbone(run.teacher.backbone, folder / "final.safetensors")
+    a_second = run.images_seen / run.seconds
+    gflop, most = gflop_per_image(arm.recipe), matrix_rate(device, dtype) * n_processes
     log = {
         "name": name, "method": "DINO (Caron et al. 2021)", "source": arm.source,
         "source_sha256": hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
         "n_source_images": len(images), "images_seen": run.images_seen,
         "seed": arm.seed, "recipe": asdict(run.recipe), "minutes": round(run.seconds / 60, 1),
-        "images_per_second, read-outs included": round(run.images_seen / run.seconds),
+        "images_per_second, read-outs included": round(a_second),
+        "gflop_per_image": round(gflop, 3),
+        "share_of_the_matrix_rate": round(a_second * gflop / most, 4),
         "hardware": hardware(device) + (f", {n_processes} processes" if n_processes > 1 else ""),
         "dtype": str(dtype).removeprefix("torch."), "versions": versions(),
         "code_sha256": code,
@@ -290,6 +295,32 @@ def save_backbone(backbone: torch.nn.Module, path: Path) -> None:
              for key, value in backbone.state_dict().items()}
     state = {key: value.contiguous().cpu() for key, value in state.items()}
     write_whole(path, lambda file: file.write(save(state)))
+
+
+def gflop_per_image(recipe: DinoRecipe) -> float:
+    """Of a training step, both networks with their heads, forward and backward: 10^9 an image."""
+    with attention(fused=False), torch.device("meta"):  # shapes alone, nothing is computed
+        network = Network(timm.create_model(recipe.architecture, num_classes=0,
+                                            **dict(recipe.options)), recipe)
+        crops = [torch.empty(n, 3, size, size) for n, size in (
+            (2, recipe.global_size), (recipe.n_local, recipe.local_size)) if n]
+        with FlopCounterMode(display=False) as counted:
+            with torch.no_grad():
+                network(crops[0])  # the teacher
+            network(*crops).sum().backward()
+    return counted.get_total_flops() / 1e9
+
+
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """What one device reaches in a product of two large matrices, 10^9 operations a second."""
+    n = 8192 if device == "cuda" else 2048
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])  # read, so that a GPU has ended
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds) / 1e9
 
 
 def hardware(device: str) -> str:

@@ -45,8 +45,13 @@ def cached_features(backbone, dataset, cache: str | os.PathLike | None = None,
 
     cache: a folder, by default `features` in TSP_CACHE. Returns a read-only map float32 [N,D].
     An extraction that was killed goes on where it stopped; one that failed starts again. Raises
-    what `extract_features` raises, and OSError for a folder that cannot be written.
+    what `extract_features` raises, TypeError for anything but a data set, and OSError for a folder
+    that cannot be written.
     """
+    if not hasattr(dataset, "fingerprint"):
+        raise TypeError(f"cached_features takes a data set, and this is of type "
+                        f"{type(dataset).__name__}: pass load_dataset(NAME or FOLDER), or images "
+                        f"in an array to extract_features")
     folder = Path(cache) if cache is not None else cache_dir() / "features"
     description = {
         "dataset": dataset.name, "split": dataset.split, "content": dataset.fingerprint,

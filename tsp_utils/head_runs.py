@@ -114,7 +114,7 @@ def run_heads(study, fit: FeatureSet, score: FeatureSet) -> HeadRuns:
     table = score_clusters(study, fit, score,
                             {"k-means": run.kmeans_clusters, "head": run.head_clusters})
     _write_record(study.run_dir / "records" / f"{_file_name(fit)}_{_key(settings)}.json", run,
-                  table, json.loads(str(arrays["made_with"][-1])))
+                  table, [json.loads(text) for text in dict.fromkeys(arrays["made_with"].tolist())])
     return replace(run, table=table)
 
 
@@ -240,8 +240,11 @@ def _file_name(fit: FeatureSet) -> str:
     return re.sub(r"[^\w.-]+", "-", f"{fit.dataset}_{fit.backbone}")
 
 
-def _write_record(path: Path, run: HeadRuns, table: pd.DataFrame, made_with: dict) -> None:
-    """The JSON of one setting; versions, machine and device are those of the training."""
+def _write_record(path: Path, run: HeadRuns, table: pd.DataFrame, made_with: list) -> None:
+    """The JSON of one setting; versions, machine and device are those of the training.
+
+    Usually one entry; more where seeds were added later, with other versions.
+    """
     record = {
         "settings": run.settings, "made_with": made_with, "seconds": round(run.seconds, 2),
         "final_loss": run.curves["loss"][-1].tolist(),

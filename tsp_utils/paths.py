@@ -44,8 +44,9 @@ def write_whole(path: Path, write) -> None:
             write(file)
         partial.replace(path)
     except OSError as error:
-        raise OSError(f"{path.parent} cannot be written ({error.strerror}); make it writable or "
-                      f"point TSP_CACHE to another folder.") from error
+        elsewhere = ", or point TSP_CACHE to another folder" if cache_dir() in path.parents else ""
+        raise OSError(f"{path.parent} cannot be written ({error.strerror}); make it writable, with "
+                      f"some space left{elsewhere}.") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
