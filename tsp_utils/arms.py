@@ -202,6 +202,7 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
             else:
                 logger.warning("%s is gone, and the run is past it: it stays so.", path.name)
 
+    gflop, most = gflop_per_image(arm.recipe), n_processes * matrix_rate(device, dtype)
     with attention(fused=device != "cpu"):
         run = pretrain_dino(
             images, arm.recipe, budget_images=arm.budget_images, seed=arm.seed, device=device,
@@ -211,7 +212,6 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
         return folder
     save_backbone(run.teacher.backbone, folder / "final.safetensors")
     a_second = run.images_seen / run.seconds
-    gflop, most = gflop_per_image(arm.recipe), matrix_rate(device, dtype) * n_processes
     log = {
         "name": name, "method": "DINO (Caron et al. 2021)", "source": arm.source,
         "source_sha256": hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
