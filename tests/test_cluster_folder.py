@@ -145,8 +145,16 @@ def test_shares_of_neighbours_and_chosen_images_by_hand():
     np.testing.assert_allclose(shares, [[5 / 6, 1 / 6, 0], [1 / 2, 1 / 2, 0], [0, 0, 0]])
     found = type("Found", (), {"clusters": clusters, "probabilities": np.array(
         [[0.5, 0.3], [0.9, 0.1], [0.7, 0.2], [0.4, 0.6], [0.2, 0.8]])})
-    assert chosen_images(found, 0, 2) == ([1, 2], [0])
-    assert chosen_images(found, 1, 8) == ([4], [3])
+    assert chosen_images(found, 0, 2) == ([1], [2], [0])
+    assert chosen_images(found, 1, 8) == ([4], [], [3])
+
+    sure = np.linspace(1, 0.5, 200)  # in the order of the images
+    found = type("Found", (), {"clusters": np.zeros(200, int),
+                               "probabilities": np.stack([sure, 1 - sure], 1)})
+    most, drawn, least = chosen_images(found, 0, 8)
+    assert most == list(range(8)) and least == list(range(199, 191, -1))
+    assert len(drawn) == 8 and not {*drawn} & {*most, *least} and drawn == sorted(drawn)
+    assert 60 < np.mean(drawn) < 140 and chosen_images(found, 0, 8)[1] == drawn  # by seed
 
 
 def odd_files(folder):

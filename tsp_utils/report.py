@@ -16,7 +16,7 @@ from tsp_utils.metrics import clustering_metrics, confusion, match_clusters
 
 CLUSTER_PX, MAP_PX = 96, 64  # longer side of a thumbnail in a cluster's rows, on the map
 CLUSTER_IMAGES = 1000  # thumbnails in all clusters' rows: keeps the page below 10 MB
-EACH = 8  # most confident images a cluster, and as many doubtful ones
+EACH = 8  # most confident images a cluster, as many drawn at random, as many doubtful ones
 MAP_POINTS, MAP_IMAGES = 2000, 500
 FEWEST_FOR_UMAP = 30  # images; fewer are laid out by principal axes
 PALETTE = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f", "#ff9da7", "#797979",
@@ -27,13 +27,13 @@ def report(found) -> str:
     """The page about `FolderClusters`: clusters, doubts, neighbours, map, how it was made."""
     shares = neighbor_shares(found.clusters, found.neighbors.indices, found.probabilities.shape[1])
     sizes = np.bincount(found.clusters, minlength=len(shares))
-    shown = {c: chosen_images(found, c, max(1, min(EACH, CLUSTER_IMAGES // 2 // len(shares))))
-             for c in np.argsort(-sizes, kind="stable")[:CLUSTER_IMAGES // 2].tolist()}
+    shown = {c: chosen_images(found, c, max(1, min(EACH, CLUSTER_IMAGES // 3 // len(shares))))
+             for c in np.argsort(-sizes, kind="stable")[:CLUSTER_IMAGES // 3].tolist()}
     rows, points = map_points(found.features)
     step = math.ceil(len(rows) / MAP_IMAGES)
     hovered = rows[::step]
     images = ImageFiles(found.folder, found.paths)
-    in_rows = _thumbnails(images, {i for both in shown.values() for group in both for i in group},
+    in_rows = _thumbnails(images, {i for rows in shown.values() for row in rows for i in row},
                           CLUSTER_PX)
     on_map = _thumbnails(images, set(hovered.tolist()), MAP_PX)
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -60,12 +60,18 @@ def neighbor_shares(clusters: np.ndarray, indices: np.ndarray, n_clusters: int) 
     return counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
 
-def chosen_images(found, cluster: int, n: int) -> tuple[list[int], list[int]]:
-    """The n most and the n least probable images of a cluster, of few the halves; none twice."""
+def chosen_images(found, cluster: int, n: int) -> tuple[list[int], list[int], list[int]]:
+    """The n most probable images of a cluster, n of the others by seed, and the n least probable.
+
+    Of few a third each, none twice. The surest alone may look like another cluster than it is.
+    """
     members = np.flatnonzero(found.clusters == cluster)
     order = members[np.argsort(-found.probabilities[members, cluster], kind="stable")]
-    sure = order[:min(n, -(-len(order) // 2))]
-    return sure.tolist(), order[len(sure):][::-1][:n].tolist()
+    n = min(n, -(-len(order) // 3))
+    sure, doubtful = order[:n], order[n:][::-1][:n]
+    others = order[n:len(order) - len(doubtful)]
+    drawn = np.sort(np.random.default_rng([0, cluster]).permutation(len(others))[:n])
+    return sure.tolist(), others[drawn].tolist(), doubtful.tolist()
 
 
 def map_points(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
