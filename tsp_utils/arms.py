@@ -202,7 +202,7 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
             else:
                 logger.warning("%s is gone, and the run is past it: it stays so.", path.name)
 
-    gflop, most = gflop_per_image(arm.recipe), n_processes * matrix_rate(device, dtype)
+    gflop, most = gflop_per_image(arm), n_processes * matrix_rate(device, dtype)
     with attention(fused=device != "cpu"):
         run = pretrain_dino(
             images, arm.recipe, budget_images=arm.budget_images, seed=arm.seed, device=device,
@@ -297,11 +297,10 @@ def save_backbone(backbone: torch.nn.Module, path: Path) -> None:
     write_whole(path, lambda file: file.write(save(state)))
 
 
-def gflop_per_image(recipe: DinoRecipe) -> float:
+def gflop_per_image(arm: Arm) -> float:
     """Of a training step, both networks with their heads, forward and backward: 10^9 an image."""
     with attention(fused=False), torch.device("meta"):  # shapes alone, nothing is computed
-        network = Network(timm.create_model(recipe.architecture, num_classes=0,
-                                            **dict(recipe.options)), recipe)
+        recipe, network = arm.recipe, Network(_untrained(arm), arm.recipe)
         crops = [torch.empty(n, 3, size, size) for n, size in (
             (2, recipe.global_size), (recipe.n_local, recipe.local_size)) if n]
         with FlopCounterMode(display=False) as counted:
@@ -314,7 +313,7 @@ def gflop_per_image(recipe: DinoRecipe) -> float:
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
     """What one device reaches in a product of two large matrices, 10^9 operations a second."""
     n = 8192 if device == "cuda" else 2048
-    a = torch.ones(n, n, device=device, dtype=dtype)
+    a = torch.randn(n, n, device=device, dtype=dtype)  # a GPU is quicker with constants
     seconds = []
     for _ in range(5):
         start = time.perf_counter()

@@ -33,7 +33,7 @@ def report(found) -> str:
     step = math.ceil(len(rows) / MAP_IMAGES)
     hovered = rows[::step]
     images = ImageFiles(found.folder, found.paths)
-    in_rows = _thumbnails(images, {i for rows in shown.values() for row in rows for i in row},
+    in_rows = _thumbnails(images, {i for kinds in shown.values() for kind in kinds for i in kind},
                           CLUSTER_PX)
     on_map = _thumbnails(images, set(hovered.tolist()), MAP_PX)
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
