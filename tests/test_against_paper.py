@@ -9,7 +9,7 @@ from scipy import stats
 
 import tsp_utils.__main__ as command
 from tsp_utils.against_paper import compare, table_1, welch_interval
-from tsp_utils.head_runs import CORE, source_hash
+from tsp_utils.head_runs import code_of_heads
 from tsp_utils.published import TABLE_1
 from tsp_utils.study import load_study
 
@@ -31,7 +31,7 @@ def study(tmp_path, monkeypatch):
     return replace(load_study("paper"), datasets=("cifar10",), backbones=("dino_vits16",))
 
 
-def leave_record(study, shift=0.0, n=50_000, name="a", sources=None, **changes):
+def leave_record(study, shift=0.0, n=50_000, name="a", code=None, **changes):
     """A record as `run_heads` leaves it, its ACCs those of the paper plus a shift."""
     rows = []
     for method, row in (("k-means", PAPER["TSP K-means", "cifar10"]),
@@ -42,12 +42,13 @@ def leave_record(study, shift=0.0, n=50_000, name="a", sources=None, **changes):
                       acc=row.acc + shift * (method == "head") + noise[seed])
                  for scored in ("test", "train") for seed in range(10)]
     settings = vars(replace(study, **changes)) | dict(
-        dataset="cifar10", backbone="dino_vits16", n=n, sources=sources or source_hash(CORE))
+        dataset="cifar10", backbone="dino_vits16", n=n)
     settings = {key: value for key, value in settings.items() if key in (
-        "n_seeds", "n_neighbors", "metric", "dataset", "backbone", "n", "sources", "protocol")}
+        "n_seeds", "n_neighbors", "metric", "dataset", "backbone", "n", "protocol")}
     folder = study.run_dir / "records"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"settings": settings, "metrics": rows}))
+    (folder / f"{name}.json").write_text(json.dumps(
+        {"settings": settings, "code": code or code_of_heads(), "metrics": rows}))
 
 
 def test_equal_to_the_paper_is_inside_and_five_points_are_not(study, monkeypatch, capsys):
@@ -78,6 +79,6 @@ def test_the_record_of_all_images_and_of_this_studys_settings_is_taken(study):
 def test_missing_and_stale_records_are_named(study):
     with pytest.raises(FileNotFoundError, match="no record of dino_vits16 on cifar10"):
         table_1(study)
-    leave_record(study, sources="older")
+    leave_record(study, code="older")
     with pytest.raises(ValueError, match="dino_vits16 on cifar10 are of other library sources"):
         table_1(study)

@@ -61,7 +61,7 @@ def test_every_method_finds_separate_blobs_and_is_cached(method, monkeypatch):
     table = run_baseline(STUDY, blobs, blobs, method)
     assert table["acc"].tolist() == [100.0, 100.0] and set(table["method"]) == {method}
     assert list(table["seed"]) == [0, 1] and set(table["scored"]) == {"test"}
-    monkeypatch.setattr("tsp_utils.baselines._clusters", None)  # any run would fail
+    monkeypatch.setattr("tsp_utils.baselines.joblib.Parallel", None)  # any run would fail
     assert run_baseline(STUDY, blobs, blobs, method).equals(table)
 
 

@@ -3,6 +3,8 @@
 import itertools
 import math
 import re
+import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +177,13 @@ def test_t_interval_is_that_of_a_paired_t_test(level):
     np.testing.assert_allclose([mean, low, high], [(a - b).mean(), *expected])
 
 
+def test_equal_differences_have_an_interval_of_no_width_and_warn_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert claims.t_interval([1.99, 1.99, 1.99]) == (1.99, 1.99, 1.99)
+        assert claims.t_interval([0.0, 0.0]) == (0, 0, 0)
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 10])
 def test_sign_flip_p_is_that_of_brute_force(n):
     d = np.random.default_rng(n).normal(0.7, 1, n).round(1)  # rounded, so that ties occur
@@ -197,6 +206,32 @@ def test_sign_flip_p_above_twenty_is_seeded_and_near_the_exact_one():
     assert p == claims.sign_flip_p(d)
     assert abs(p - exact) < 4 * math.sqrt(exact / 100_000)
     assert claims.sign_flip_p(np.ones(60)) == 1 / 100_001
+
+
+@pytest.mark.parametrize("n", [12, 200])
+def test_sums_that_differ_by_rounding_alone_are_ties(n):
+    tenths = 0.1 * np.tile([1, 2, 3, -6], n // 4)  # of sum 0, which no flip falls below
+    assert claims.sign_flip_p(tenths) == 1
+
+
+def test_bootstrap_is_seeded_and_near_the_normal_interval():
+    d = np.random.default_rng(4).normal(2, 5, 2000)
+    half = 1.96 * d.std() / math.sqrt(2000)
+    found = claims.bootstrap_interval(d)
+    assert found == claims.bootstrap_interval(d)
+    np.testing.assert_allclose(found, [d.mean() - half, d.mean() + half], atol=0.1 * half)
+    assert np.diff(claims.bootstrap_interval(d, 0.9)) < np.diff(found)
+
+
+@pytest.mark.parametrize("function, n", [(claims.sign_flip_p, 10_000),
+                                         (claims.bootstrap_interval, 50_000)])
+def test_memory_is_bounded_where_all_differences_are_distinct(function, n):
+    d = np.random.default_rng(5).normal(0, 1, n)
+    tracemalloc.start()
+    function(d)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
 
 
 def test_holm_by_hand():

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import html
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from tsp_utils import TSPClustering, cached_features, load_backbone, load_datase
 from tsp_utils.cluster_folder import cluster_folder, cluster_images
 from tsp_utils.image_folders import find_images
 from tsp_utils.paths import REPOSITORY
-from tsp_utils.report import MAP_IMAGES, chosen_images, neighbor_shares, report
+from tsp_utils.report import MAP_IMAGES, _command, chosen_images, neighbor_shares, report
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Collapse")]
 
@@ -70,7 +72,9 @@ def test_the_csv_is_the_estimators_own_and_a_second_run_extracts_nothing(photos,
     found = cluster_images(photos, paths, 4, "patch_kmeans", seed=1, **QUICK)
     assert found.probabilities.argmax(1).tolist() == found.clusters.tolist()
     assert found.features.shape == (60, 256) and found.neighbors.indices.shape == (60, 20)
-    monkeypatch.setattr("tsp_utils.features._feature_batches", None)
+    idle = load_backbone("patch_kmeans")
+    monkeypatch.setattr(idle, "encode", None)
+    monkeypatch.setattr("tsp_utils.cluster_folder.load_backbone", lambda name: idle)
     again = cluster_images(photos, paths, 5, "patch_kmeans", seed=1, **QUICK)
     np.testing.assert_array_equal(again.features, found.features)
     assert again.probabilities.shape == (60, 5)
@@ -136,6 +140,94 @@ def test_class_folders_are_read_after_the_fact_alone(tmp_path):
     assert with_folders["cluster"].tolist() == flat["cluster"].tolist()  # the folders told nothing
     page = (tmp_path / "clusters" / "kinds" / "report.html").read_text()
     assert "after the fact" in page and "shirts &amp; tops" in page and "ACC " in page
+
+
+def shell(line) -> str:
+    """What a line prints in bash, in this folder, with this interpreter as `python`."""
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    return subprocess.run(["bash", "-c", line], text=True, capture_output=True, check=True,
+                          env=os.environ | {"PATH": path, "PYTHONPATH": str(REPOSITORY)}).stdout
+
+
+def keep_few(photos) -> None:
+    """So few that the page needs no UMAP, whose import takes longest."""
+    for path in sorted(photos.iterdir())[24:]:
+        path.unlink()
+
+
+def printed_command(out) -> str:
+    page = (out / "report.html").read_text("utf-8")
+    return html.unescape(re.search('<code class="command">(.*?)</code>', page, re.DOTALL)[1])
+
+
+def test_the_printed_command_makes_the_same_clusters_again(photos, tmp_path):
+    keep_few(photos)
+    photos.rename(odd := tmp_path / "it's  50 % \"off\" $HOME")
+    arguments = ["cluster", odd.name, "--n-clusters", "4", "--backbone", "pixels", "--n-neighbors",
+                 "7", "--entropy-weight", "1.25", "--seed", "3", "--out", "my 'out'"]
+    command.main(arguments)
+    found = (tmp_path / "my 'out'" / "clusters.csv").read_bytes()
+    line = printed_command(tmp_path / "my 'out'")
+    words = shlex.split(line)
+    assert words[:3] == ["python", "-m", "tsp_utils"]
+    assert vars(command.parser().parse_args(words[3:])) == vars(
+        command.parser().parse_args(arguments))
+    shutil.rmtree(tmp_path / "my 'out'")
+    shell(line)
+    assert (tmp_path / "my 'out'" / "clusters.csv").read_bytes() == found
+
+
+def test_settings_that_the_command_lacks_are_printed_as_python(photos, tmp_path):
+    keep_few(photos)
+    photos.rename(odd := tmp_path / "it's \\ \"off\"")
+    out = cluster_folder(odd.name, 4, seed=2, n_neighbors=5, init="random",
+                         learning_rate=np.float64(1e-3), **QUICK)
+    found, line = (out / "clusters.csv").read_bytes(), printed_command(out)
+    shutil.rmtree(out)
+    shell(line)
+    assert (out / "clusters.csv").read_bytes() == found and printed_command(out) == line
+
+
+@pytest.mark.parametrize("name", [
+    "plain", "two  spaces", "it's", '"quoted"', "$HOME `id` $(id)", "-dash", "--out", "new\nline",
+    "back\\slash", "naïve名", "a;b&c|d", "!bang*?[x]", "#hash", os.fsdecode(b"caf\xe9's")])
+def test_the_printed_command_has_every_setting_whatever_the_names(name, tmp_path):
+    settings = TSPClustering(5, n_neighbors=9, entropy_weight=np.float32(0.1)).get_params()
+    found = type("Found", (), dict(folder=name, probabilities=np.ones((9, 5)), made={
+        "backbone": "timm:" + name, "seed": 12, "out": name, "settings": settings}))
+    line = _command(found)
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True,
+                           check=True).stdout.split(b"\0")[:-1]
+    asked = vars(command.parser().parse_args([os.fsdecode(word) for word in words][3:]))
+    path = f"./{name}" if name[0] == "-" else name
+    assert asked == {
+        "command": "cluster", "folder": path, "n_clusters": 5, "backbone": "timm:" + name,
+        "out": path, "n_neighbors": 9, "entropy_weight": pytest.approx(0.1), "seed": 12,
+        "force": False}
+
+
+def test_what_lies_in_the_output_folder_stays_as_it_is(photos, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".writable", "clusters.csv.bak", "notes.txt"):
+        (out / name).write_text("mine")
+    mine = content(out)
+    for force in (False, True):
+        cluster_folder(photos, 4, out=out, force=force, **QUICK)
+        assert {**content(out), **mine} == content(out)
+        assert len(content(out)) == len(mine) + 2
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "clusters.csv").symlink_to("not there yet.csv")
+    with pytest.raises(FileExistsError, match=r"clusters\.csv is there already: pass --force"):
+        cluster_folder(photos, 4, out=other, **QUICK)
+    (other / "report.html").mkdir()
+    (other / "clusters.csv").unlink()
+    with pytest.raises(FileExistsError, match=r"report\.html is a folder.*pass another folder"):
+        cluster_folder(photos, 4, out=other, force=True, **QUICK)
+    with pytest.raises(OSError, match="cannot be written"):
+        cluster_folder(photos, 4, out=tmp_path / "new" / ("long" * 99), **QUICK)
+    assert not (tmp_path / "new").exists()
 
 
 def test_shares_of_neighbours_and_chosen_images_by_hand():
@@ -369,8 +461,8 @@ def test_a_large_folder_keeps_the_page_small(monkeypatch):
             1), probabilities=probabilities, features=rng.normal(size=(n, 4)), labels=None,
         classes=(), unreadable={}, notes=[], history={"loss": np.linspace(1, 0, 100)},
         neighbors=type("Neighbors", (), {"indices": rng.integers(0, n, (n, 20))}),
-        made={"backbone": "made up", "weights": "", "seed": 0, "settings": {"n_init": 10},
-              "seconds": {}, "versions": {}}))
+        made={"backbone": "made up", "weights": "", "seed": 0, "out": "clusters/a",
+              "settings": TSPClustering().get_params(), "seconds": {}, "versions": {}}))
     photo = rng.integers(0, 256, (500, 500, 3), dtype=np.uint8)  # noise is what packs worst
     monkeypatch.setattr("tsp_utils.image_folders._decode", lambda path: photo)
     monkeypatch.setattr("tsp_utils.report.map_points", lambda features: (

@@ -21,6 +21,7 @@ from tsp_utils import (
     scale_features,
     train_heads,
 )
+from tsp_utils import estimator as estimator_module
 from tsp_utils.feature_sets import load_vectors
 from tsp_utils.metrics import confusion
 
@@ -83,6 +84,45 @@ def test_pipeline_pickle_and_names():
     assert again[-1].n_features_in_ == 5
 
 
+def test_what_was_fitted_stays_so_when_parameters_or_curves_change():
+    fitted = TSPClustering(4, **QUICK).fit(X)
+    names, proba, labels = fitted.get_feature_names_out(), fitted.predict_proba(X), fitted.labels_
+    loss, losses = fitted.history_["loss"].copy(), fitted.losses_.copy()
+    fitted.set_params(n_clusters=7, n_neighbors=3, metric="inner", init="random", random_state=5)
+    assert fitted.get_feature_names_out().tolist() == names.tolist() and len(names) == 4
+    np.testing.assert_array_equal(fitted.predict_proba(X), proba)
+    np.testing.assert_array_equal(fitted.predict(X), labels)
+    assert fitted.set_output(transform="pandas").transform(X).shape == (400, 4)
+    fitted.losses_[:] = 0
+    np.testing.assert_array_equal(fitted.history_["loss"], loss)
+    fitted.history_["loss"][:] = 1
+    assert (fitted.losses_ == 0).all() and np.isfinite(losses).all()
+
+
+def test_a_head_whose_loss_is_no_number_is_never_kept(monkeypatch):
+    def spoiled(heads, *arguments, **settings):
+        history = train_heads(heads, *arguments, **settings)
+        history.arrays()["loss"][-1, lost] = np.nan
+        return history
+
+    monkeypatch.setattr(estimator_module, "train_heads", spoiled)
+    lost = [0, 1]
+    fitted = TSPClustering(4, **QUICK).fit(X)
+    assert np.isfinite(fitted.history_["loss"]).all()
+    assert fitted.losses_[2] == fitted.history_["loss"][-1]
+    lost = [0, 1, 2]
+    with pytest.raises(ValueError, match="loss of every head"):
+        TSPClustering(4, **QUICK).fit(X)
+
+
+@pytest.mark.parametrize("factor", [1e-150, 1e-30, 1e20, 1e37])
+def test_a_factor_far_from_one_changes_no_cluster(factor):
+    fitted, scaled = TSPClustering(4, **QUICK).fit(X), TSPClustering(4, **QUICK).fit(factor * X)
+    np.testing.assert_array_equal(fitted.labels_, scaled.labels_)
+    np.testing.assert_array_equal(scaled.predict(factor * X), scaled.labels_)
+    assert scaled.scale_ * factor == pytest.approx(fitted.scale_)
+
+
 def test_random_starts_and_uniform_labels_dtype():
     fitted = TSPClustering(4, init="random", **QUICK).fit(X.astype(np.float32))
     assert fitted.labels_.dtype == np.int64 and fitted.predict(X).dtype == np.int64
@@ -129,6 +169,22 @@ def test_a_collapse_is_one_of_the_finished_head_on_all_samples():
     (lambda: TSPClustering(4).fit(np.zeros((9, 8, 8, 3))), "TSPClustering takes features"),
     (lambda: TSPClustering(4).fit(load_dataset("fashion-mnist")), "pass cached_features"),
     (lambda: TSPClustering(4, n_init=0).fit(X), "n_init is 0; pass a whole number"),
+    (lambda: TSPClustering(4, n_init=2.0).fit(X), "n_init is 2.0; pass a whole number"),
+    (lambda: TSPClustering(4, entropy_weight=np.inf).fit(X), "entropy_weight is inf; pass 0 or"),
+    (lambda: TSPClustering(4, entropy_weight=np.nan).fit(X), "entropy_weight is nan; pass 0 or"),
+    (lambda: TSPClustering(4, entropy_weight="3").fit(X), "entropy_weight is '3'; pass a number"),
+    (lambda: TSPClustering(4, learning_rate=-1e-4).fit(X), "learning_rate is -0.0001; pass"),
+    (lambda: TSPClustering(4, learning_rate=np.nan).fit(X), "learning_rate is nan; pass"),
+    (lambda: TSPClustering(4, learning_rate=None).fit(X), "learning_rate is None; pass a number"),
+    (lambda: TSPClustering(4, max_epochs=0, min_steps=0).fit(X), "nothing is trained; pass"),
+    (lambda: TSPClustering(4, max_epochs=-1).fit(X), "max_epochs is -1; pass a whole number of at"),
+    (lambda: TSPClustering(4, max_epochs=1.5).fit(X), "max_epochs is 1.5; pass a whole number"),
+    (lambda: TSPClustering(4, min_steps=np.inf).fit(X), "min_steps is inf; pass a whole number"),
+    (lambda: TSPClustering(4, batch_size=0).fit(X), "batch_size is 0; pass a whole number"),
+    (lambda: TSPClustering(4, n_neighbors=2).fit(X), "n_neighbors is 2, and Eq. 4"),
+    (lambda: TSPClustering(4, device="gpu").fit(X), "device is 'gpu'; pass auto, cpu or cuda"),
+    (lambda: TSPClustering(4, device=None).fit(X), "device is None; pass auto, cpu or cuda"),
+    (lambda: TSPClustering(4, device="cuda:99").fit(X), "device is 'cuda:99', and torch finds"),
     (lambda: TSPClustering(4, init="zeros").fit(X), "pass k-means or random"),
     (lambda: TSPClustering(4, metric="manhattan").fit(X), "pass one of cosine"),
     (lambda: TSPClustering(4).fit(np.full((50, 3), np.nan)), "NaN"),

@@ -20,7 +20,6 @@ from tsp_utils.finetuning_map import (
     finetune_last_blocks,
     records_path,
 )
-from tsp_utils.head_runs import CORE, source_hash
 from tsp_utils.icbpl import ICBPLHeads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,8 +97,7 @@ def test_views_are_other_pictures_of_the_same_image(start):
 
 def test_the_records_that_ship_are_of_these_sources_and_complete():
     records = json.loads(records_path().read_text())
-    code = source_hash((*CORE, "rivals", "icbpl", "finetuning_map"))
-    assert {record["code"] for record in records} == {code}
+    assert {record["code"] for record in records} == {finetuning_map.code_of_the_map()}
     found = [(r["loss"], r["n_blocks"], r["learning_rate"], r["source"]) for r in records]
     for *cell, n_seeds in RUNS:
         assert found.count(tuple(cell)) == n_seeds

@@ -11,7 +11,7 @@ from sklearn.datasets import make_blobs
 
 from tsp_utils import clustering_metrics, init_heads, kmeans, nearest_neighbors, neighbor_weights
 from tsp_utils import train_heads as train
-from tsp_utils.heads import MLPHeads, scale_features
+from tsp_utils.heads import MLPHeads, Scaler, best_head, scale_features
 from tsp_utils.neighbors import Neighbors
 
 BLOBS, LABELS = make_blobs(600, 16, centers=5, cluster_std=3.0, random_state=0)
@@ -31,6 +31,108 @@ def test_scaling_is_one_scalar():
     np.testing.assert_allclose(np.linalg.norm(scale_features(BLOBS, "l2"), axis=1), 4, rtol=1e-5)
     with pytest.raises(ValueError, match="All features are 0"):
         scale_features(np.zeros((4, 3)))
+
+
+def test_a_scaler_scales_others_as_it_learned_from_the_fitted_ones():
+    scaler = Scaler().fit(BLOBS)
+    assert scaler.scale_ == pytest.approx(4 / np.linalg.norm(BLOBS, axis=1).mean())
+    np.testing.assert_allclose(scaler.transform(BLOBS[:7] * 3), 3 * FEATURES[:7], rtol=1e-5)
+    black = np.vstack([np.zeros((1, 16)), BLOBS])  # a first row of zeros spoils nothing
+    np.testing.assert_allclose(Scaler().fit(black).transform(black)[1:],
+                               BLOBS * 4 / np.linalg.norm(black, axis=1).mean(), rtol=1e-5)
+    for size in (1e-35, 1e25, 1e200):  # float64 beyond what float32 holds
+        np.testing.assert_allclose(scale_features(BLOBS * size), FEATURES, rtol=1e-5)
+    tiny, huge = np.float32(BLOBS) * np.float32(1e-36), np.float32(BLOBS) * np.float32(1e30)
+    np.testing.assert_allclose(scale_features(huge), FEATURES, rtol=1e-4)
+    assert np.linalg.norm(scale_features(tiny), axis=1).mean() == pytest.approx(4, rel=1e-3)
+    assert Scaler("l2").fit(BLOBS).scale_ == Scaler("raw").fit(BLOBS).scale_ == 1
+    with pytest.raises(ValueError, match="'unit' is not known; pass mean-norm, raw, l2"):
+        Scaler("unit")
+
+
+def test_raw_features_are_no_second_name_of_the_input():
+    features = FEATURES.copy()
+    scaled = scale_features(features, "raw")
+    scaled += 1
+    np.testing.assert_array_equal(features, FEATURES)
+
+
+def other_loss(logits, neighbor_logits, entropy_weight=3.0):
+    """Cross-entropy between neighbours: of the contract, and another loss."""
+    p, log_q = logits.softmax(-1), neighbor_logits.log_softmax(-1)
+    value = -(p * log_q).sum(-1).mean(-1)
+    return value, {"agreement": -value}
+
+
+def test_the_loss_that_is_public_is_the_one_that_trains(monkeypatch):
+    """Replaced in its module, or passed: both train other heads, and the same ones."""
+    plain, passed, replaced = (init_heads(FEATURES, 5, seeds=[0]) for _ in range(3))
+    train_heads(plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no entropy term: it may collapse
+        curves = train_heads(passed, loss=other_loss).curves
+        monkeypatch.setattr("tsp_utils.losses.tsp_loss", other_loss)
+        train_heads(replaced)
+    assert not torch.allclose(plain.weight, passed.weight, atol=1e-2)
+    torch.testing.assert_close(passed.weight, replaced.weight)
+    np.testing.assert_allclose(curves["agreement"], -curves["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [
+    lambda a, b: other_loss(a, b)[0],  # no terms
+    lambda a, b: (other_loss(a, b)[0].mean(), {}),  # one value for all heads
+    lambda a, b: (other_loss(a, b)[0], {"p": a}),  # a term of another shape
+    lambda a, b: (other_loss(a, b)[0].detach(), {}),  # nothing to learn from
+])
+def test_a_loss_of_another_contract_is_refused_in_one_sentence(loss):
+    heads = init_heads(FEATURES, 5, seeds=[0, 1])
+    with pytest.raises(ValueError, match=r"returns its value \[S\] and its terms by.*S = 2") as no:
+        train_heads(heads, loss=loss)
+    assert "\n" not in str(no.value)
+
+
+def test_a_head_whose_loss_is_no_number_is_never_the_best():
+    assert best_head([2.0, np.nan, 1.0, -np.inf]) == 2
+    with pytest.raises(ValueError, match=r"no finite number.*lower learning_rate"):
+        best_head([np.nan, np.nan])
+    heads = init_heads(FEATURES, 5, seeds=[0])
+    with pytest.warns(UserWarning, match="head of seed 0 is no finite number"):
+        train_heads(heads, loss=lambda a, b: (other_loss(a, b)[0] * torch.nan, {}), max_epochs=1)
+
+
+@pytest.mark.parametrize("settings, sentence", [
+    (dict(entropy_weight=math.inf), "entropy_weight is inf; pass 0 or more"),
+    (dict(entropy_weight=-1.0), "entropy_weight is -1.0"),
+    (dict(entropy_weight=math.nan), "entropy_weight is nan"),
+    (dict(learning_rate=0.0), "learning_rate is 0.0; pass a number above 0"),
+    (dict(learning_rate=math.inf), "learning_rate is inf"),
+    (dict(batch_size=0), "batch_size is 0; pass 1 or more"),
+    (dict(max_epochs=0), "max_epochs is 0 and min_steps 0, with which nothing is trained"),
+    (dict(max_epochs=-1), "max_epochs is -1"),
+])
+def test_settings_that_cannot_train_are_refused(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        train_heads(init_heads(FEATURES, 5, seeds=[0]), **settings)
+
+
+def test_k_means_of_torch_is_scikit_learns_from_the_same_start():
+    """What runs on a GPU, here on the CPU."""
+    from tsp_utils.heads import _kmeans_on, _lloyd
+
+    rng = np.random.default_rng(0)
+    start = FEATURES[rng.choice(600, 5, replace=False)]
+    theirs = KMeans(5, init=start, n_init=1).fit(FEATURES)
+    centers, clusters, inertia = _lloyd(torch.from_numpy(FEATURES), torch.from_numpy(start), 0.0)
+    np.testing.assert_allclose(centers, theirs.cluster_centers_, rtol=1e-3, atol=1e-4)
+    assert (clusters == theirs.labels_).mean() > 0.99
+    assert inertia == pytest.approx(theirs.inertia_, rel=1e-4)
+    far = start.copy()
+    far[0] = 100  # nobody's nearest centre: it takes a far sample and ends with some
+    _, clusters, _ = _lloyd(torch.from_numpy(FEATURES), torch.from_numpy(far), 0.0)
+    assert len(np.unique(clusters)) == 5
+    runs = _kmeans_on("cpu", FEATURES, 5, [0, 1], n_init=10)
+    best = KMeans(5, n_init=10, random_state=0).fit(FEATURES).inertia_
+    assert runs.inertia.min() == pytest.approx(best, rel=1e-2) and runs.centers.shape == (2, 5, 16)
 
 
 def test_k_means_start_is_appendix_a():
@@ -127,7 +229,8 @@ def test_training_finds_the_blobs_and_records_its_curves():
     curves = history.arrays()
     assert all(curve.shape == (40, 3) for curve in curves.values())
     assert (curves["loss"][-1] < curves["loss"][0] - 1).all()
-    np.testing.assert_allclose(curves["loss"], curves["consistency"] - 3 * _batch_entropy(curves))
+    np.testing.assert_allclose(curves["loss"], curves["consistency"] - 3 * _batch_entropy(curves),
+                               rtol=1e-6)
     for s in range(3):
         assert clustering_metrics(LABELS, heads.predict(FEATURES)[s])["acc"] > 0.9
 
@@ -141,7 +244,7 @@ def _batch_entropy(curves):
 
 def test_at_least_min_steps_whatever_n():
     history = train_heads(init_heads(FEATURES, 5, [0]), max_epochs=1, min_steps=30)
-    assert len(history.loss) == 4  # 9 steps an epoch
+    assert len(history.curves["loss"]) == 4  # 9 steps an epoch
 
 
 def test_no_entropy_term_collapses_and_says_so():

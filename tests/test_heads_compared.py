@@ -10,13 +10,14 @@ from scipy import stats
 from sklearn.metrics import adjusted_rand_score
 
 from tsp_utils import load_study
-from tsp_utils.head_runs import CORE, source_hash
 from tsp_utils.heads import scale_features
 from tsp_utils.heads_compared import (
     ABLATIONS,
     METHODS,
     TRIALS,
     FeaturesToCluster,
+    NotRun,
+    code_of_the_comparison,
     compare_heads,
     consensus,
     heads_markdown,
@@ -69,17 +70,23 @@ def test_all_methods_run_and_a_seed_is_a_row(study):
             best["learning_rate"], best["sharpness"])
 
 
+def count_trainings(monkeypatch) -> list:
+    trainings, train = [], FeaturesToCluster.train
+    monkeypatch.setattr(FeaturesToCluster, "train",
+                        lambda *args, **settings: trainings.append(1) or train(*args, **settings))
+    return trainings
+
+
 def test_labels_shape_no_cluster(study, tmp_path, monkeypatch):
     fit, score = study.fit_and_score("cifar10", "vit_nano_cpu")
     mixed = [replace(found, labels=np.random.default_rng(0).permutation(found.labels))
              for found in (fit, score)]
-    found, trainings, train = [], [], FeaturesToCluster.train
-    monkeypatch.setattr(FeaturesToCluster, "train",
-                        lambda *args, **settings: trainings.append(1) or train(*args, **settings))
+    found, trainings = [], count_trainings(monkeypatch)
     for name, pair in (("true", (fit, score)), ("shuffled", mixed)):
         monkeypatch.setenv("TSP_CACHE", str(tmp_path / name))  # else the second would be read back
         found.append(run_head(FeaturesToCluster(study, *pair), "pica")["clusters"])
-        assert len(trainings) == 5 * len(found)  # four trials and the heads
+        # Four trials; the seeds that the best one trained are heads already.
+        assert len(trainings) == 4 * len(found)
     np.testing.assert_array_equal(*found)
 
 
@@ -97,11 +104,40 @@ def test_an_unknown_method_stops_no_other(study):
     assert rows.set_index("method").loc["scan", "acc"].notna().all()
 
 
+def test_a_method_that_cannot_run_stops_no_other_and_a_fault_is_not_hidden(study, monkeypatch):
+    """A batch below C is a reason, told before any trial; an error of shapes is none."""
+    small = replace(study, batch_size=5)
+    rows, trials = compare_heads(small, "cifar10", "vit_nano_cpu", ("scan", "tsp consensus",
+                                                                 "k-means"))
+    rows = rows.set_index("method")
+    assert "batches of 5 are smaller than the 10 clusters" in rows.loc["scan", "not_run"]
+    assert "batches of 5" in rows.loc["tsp consensus", "not_run"] and trials.empty
+    assert rows.loc["k-means", "acc"].notna().all()
+
+    def broken(a, b, step):
+        raise ValueError("shapes (3,) and (4,) do not match")
+
+    monkeypatch.setitem(RIVALS, "scan", replace(RIVALS["scan"], loss=broken))
+    with pytest.raises(ValueError, match="shapes"):
+        compare_heads(study, "cifar10", "vit_nano_cpu", ("scan", "k-means"))
+
+
+def test_training_does_not_depend_on_what_is_scored_and_does_on_the_loss(study, monkeypatch):
+    fit, score = study.fit_and_score("cifar10", "vit_nano_cpu")
+    trainings = count_trainings(monkeypatch)
+    run_head(FeaturesToCluster(study, fit, score), "pica")
+    run_head(FeaturesToCluster(study, fit, replace(score, features=score.features[:50])), "pica")
+    assert len(trainings) == 4
+    monkeypatch.setitem(RIVALS, "pica", replace(RIVALS["pica"], loss=RIVALS["iic"].loss))
+    run_head(FeaturesToCluster(study, fit, score), "pica")
+    assert len(trainings) == 8
+
+
 def test_spectral_needs_the_images_themselves_and_says_so(study):
     fit = study.features("cifar10", "vit_nano_cpu")
     half = replace(fit, features=fit.features[::2], labels=fit.labels[::2])
     data = FeaturesToCluster(study, half, fit)
-    with pytest.raises(ValueError, match="only clusters the images that it is fitted on"):
+    with pytest.raises(NotRun, match="only clusters the images that it is fitted on"):
         scores_of(data, "spectral")
 
 
@@ -133,15 +169,18 @@ def test_tuning_sets_emptied_clusters_aside(study, monkeypatch):
         def __init__(self, used):
             self.used = used
 
+        def named_parameters(self):
+            return []
+
         def predict(self, features):
             return np.tile(np.arange(len(features)) % self.used, (3, 1))
 
     losses = {(1e-4, 1.0): (-9.0, 7), (1e-4, 10.0): (-1.0, 10), (1e-3, 1.0): (-2.0, 10),
               (1e-3, 10.0): (-8.0, 9)}
 
-    def train(method, n_seeds, learning_rate, sharpness):
+    def train(method, seeds, learning_rate, sharpness):
         loss, used = losses[learning_rate, sharpness]
-        return Heads(used), np.full(n_seeds, loss)
+        return Heads(used), np.full(len(seeds), loss)
 
     monkeypatch.setattr(data, "train", train)
     chosen = tune(data, "iic").query("chosen").iloc[0]
@@ -160,7 +199,7 @@ def test_the_probe_knows_labels_and_keeps_train_and_test_apart(study):
 
 def test_the_records_that_ship_are_of_these_sources_and_complete():
     records = json.loads(records_path().read_text())
-    assert records["code"] == source_hash((*CORE, "baselines", "rivals", "icbpl"))
+    assert records["code"] == code_of_the_comparison()
     rows = pd.DataFrame(records["rows"])
     assert set(rows["method"]) == {*METHODS, *ABLATIONS}
     counts = rows.groupby(["dataset", "backbone", "method"])["acc"].count()

@@ -1,13 +1,14 @@
 """The ledger: every verdict can change with the evidence, and mixed evidence is refused."""
 
 import json
-from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
-import tsp_utils.ledger as ledger_module
+from tsp_utils import run
 from tsp_utils.claims import CLAIMS, ICBPL_CLAIMS, claim_of
 from tsp_utils.ledger import (
     COLUMNS,
@@ -20,6 +21,7 @@ from tsp_utils.ledger import (
     to_markdown,
 )
 from tsp_utils.plots import plot_ledger
+from tsp_utils.study import load_study
 
 NOISE = np.array([-1.0, -0.5, 0.0, 0.5, 1.0] * 2)
 WANTED = {  # verdict -> mean difference, as a function of the margin m, and the noise
@@ -107,8 +109,13 @@ def test_the_papers_own_networks_are_the_same_claim():
 
 
 @pytest.fixture
-def study(tmp_path):
-    return SimpleNamespace(profile="made up", run_dir=tmp_path)
+def study(tmp_path, monkeypatch):
+    """A study with notebooks 04, 05 and 10."""
+    monkeypatch.setattr("tsp_utils.study.runs_dir", lambda: tmp_path / "runs")
+    monkeypatch.setattr(run, "NOTEBOOKS", tmp_path)
+    for number in ("04", "05", "10"):
+        nbformat.write(new_notebook(cells=[new_code_cell("1 + 1")]), tmp_path / f"{number}_x.ipynb")
+    return load_study("tiny")
 
 
 def test_evidence_comes_back_as_it_was_left(study):
@@ -124,22 +131,54 @@ def test_evidence_comes_back_as_it_was_left(study):
     assert [c.claim for c in read_evidence(study, ICBPL_CLAIMS)] == ["D2"]
 
 
-def test_evidence_of_other_settings_or_sources_is_named_and_refused(study, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="run make reproduce PROFILE=made up first"):
+def test_a_notebooks_calls_add_up_and_a_cell_run_again_changes_nothing(study):
+    """A notebook's first call for a claim has its first cell, whichever of them runs again."""
+    for _ in range(2):
+        save_evidence(study, "04", [cell("C6", name="images"), cell("C6", name="epochs")])
+        save_evidence(study, "04", [cell("C6", name="dictionaries"), cell("C12")])
+    save_evidence(study, "04", [cell("C6", "does not hold", name="images")])
+    found = read_evidence(study)
+    assert [c.cell for c in found] == ["images", "epochs", "dictionaries", ""]
+    assert ledger(found).set_index("id").loc["C6", "verdict"] == "does not hold"
+    save_evidence(study, "05", [cell("C6", name="another notebook's")])
+    assert [c.cell for c in read_evidence(study)][-2:] == ["another notebook's", ""]
+    with pytest.raises(ValueError, match=r"same name \(04_C6_at-1, 04_C6_at-1\); name each by"):
+        save_evidence(study, "04", [cell("C6", name="at 1"), cell("C6", name="at, 1")])
+
+
+def test_evidence_of_other_settings_is_named_and_refused(study):
+    with pytest.raises(FileNotFoundError, match="run make reproduce PROFILE=tiny first"):
         read_evidence(study)
     save_evidence(study, "04", [cell("C9")])
     save_evidence(study, "05", [cell("C8")])
-    path = study.run_dir / "claims" / "05_C8_0.json"
+    path = study.run_dir / "claims" / "05_C8.json"
     record = json.loads(path.read_text())
     record["stamp"]["study"] = "another study"
     path.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"05_C8_0\.json; run make reproduce"):
+    with pytest.raises(ValueError, match=r"in tiny: 05_C8\.json; run make reproduce PROFILE=tiny "
+                                         r"again\.$"):
         read_evidence(study)
     path.unlink()
     assert len(read_evidence(study)) == 1
-    monkeypatch.setattr(ledger_module, "source_hash", lambda: "other sources")
-    with pytest.raises(ValueError, match=r"04_C9_0\.json"):
+
+
+def test_evidence_of_a_notebook_that_changed_is_refused_until_it_leaves_it_anew(study, monkeypatch):
+    save_evidence(study, "04", [cell("C9"), cell("C12", name="dropped later")])
+    save_evidence(study, "05", [cell("C8")])
+    path = run.NOTEBOOKS / "04_x.ipynb"
+    path.write_text(path.read_text().replace("1 + 1", "1 + 2"))
+    with pytest.raises(ValueError, match=r"in tiny: 04_C12_dropped-later\.json, 04_C9\.json; run"):
         read_evidence(study)
+    save_evidence(study, "04", [cell("C9")])
+    assert [c.claim for c in read_evidence(study)] == ["C8", "C9"]
+    monkeypatch.setattr(run, "code_called_by", lambda source: "another loss")
+    with pytest.raises(ValueError, match=r"in tiny: 04_C9\.json, 05_C8\.json; run"):
+        read_evidence(study)
+
+
+def test_evidence_of_no_notebook_is_refused(study):
+    with pytest.raises(ValueError, match=r"There is no notebook 07 in .*; pass the number"):
+        save_evidence(study, "07", [cell("C4")])
 
 
 def test_markdown_and_figure_show_every_claim():

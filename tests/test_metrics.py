@@ -39,7 +39,34 @@ def test_confusion_equals_scikit_learn():
     np.testing.assert_array_equal(confusion(labels, clusters), confusion_matrix(labels, clusters))
 
 
+@pytest.mark.parametrize("names", [[0, 5, 10, 15], [3, 1, 7, 2], [10**9, 4, 10**12, 6]])
+def test_labels_with_gaps_are_as_many_classes_as_there_are(names):
+    plain, clusters = RNG.integers(4, size=80), RNG.integers(6, size=80)
+    labels, order = np.array(names)[plain], np.argsort(names)
+    np.testing.assert_array_equal(confusion(labels, clusters), confusion(plain, clusters)[order])
+    class_of = match_clusters(labels, clusters)
+    assert sorted(class_of) == [-1, -1, *sorted(names)]  # six clusters, four classes
+    assert clustering_metrics(labels, clusters) == pytest.approx(
+        clustering_metrics(plain, clusters))
+
+
+def test_clusters_with_gaps_keep_their_numbers():
+    labels, clusters = np.array([0, 0, 5, 5, 9]), np.array([4, 4, 0, 0, 2])
+    assert match_clusters(labels, clusters).tolist() == [5, -1, 9, -1, 0]
+    assert confusion(labels, clusters)[:, [4, 0, 2]].tolist() == [[2, 0, 0], [0, 2, 0], [0, 0, 1]]
+    assert clustering_metrics(labels, clusters)["acc"] == 1
+
+
+def test_lists_are_taken_as_arrays_are():
+    labels, clusters = RNG.integers(4, size=(2, 50))
+    assert clustering_metrics(labels.tolist(), clusters.tolist()) == clustering_metrics(
+        labels, clusters)
+
+
 def test_bad_input():
+    for odd in (["cat", "dog"], [0.5, 1.0], [True, False]):
+        with pytest.raises(ValueError, match="whole numbers, and these are of the types"):
+            confusion(odd, [0, 1])
     with pytest.raises(ValueError, match="equally long"):
         clustering_metrics(np.zeros(3, int), np.zeros(4, int))
     with pytest.raises(ValueError, match="numbered from 0"):

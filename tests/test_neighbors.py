@@ -20,7 +20,8 @@ FEATURES = RNG.standard_normal((300, 12)).astype(np.float32) + 0.5
 
 def brute_force(features, k, metric):
     x = features.astype(np.float64)
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    unit = x / np.abs(x).max(1, keepdims=True)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     order_by = {"euclidean": cdist(x, x), "cosine": cdist(unit, unit), "inner": -x @ x.T}[metric]
     np.fill_diagonal(order_by, np.inf)
     indices = order_by.argsort(1, kind="stable")[:, :k]
@@ -33,6 +34,57 @@ def test_search_equals_brute_force(metric):
     indices, distances = brute_force(FEATURES, 7, metric)
     assert (found.indices == indices).mean() > 0.999  # ties in float32 may swap
     np.testing.assert_allclose(found.distances, distances, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "inner"])
+@pytest.mark.parametrize("dtype, factor", [
+    (np.float32, 1e20), (np.float32, 1e36), (np.float32, 1e-30), (np.float64, 1e60),
+    (np.float64, 1e290), (np.float64, 1e-60), (np.float64, 1e-290)])
+def test_a_factor_on_all_features_changes_no_neighbour(metric, dtype, factor):
+    features = FEATURES.astype(dtype) * dtype(factor)
+    found = nearest_neighbors(features, 7, metric)
+    indices, distances = brute_force(FEATURES, 7, metric)
+    assert (found.indices == indices).mean() > 0.999
+    expected = distances if metric == "cosine" else distances * factor
+    np.testing.assert_allclose(found.distances, expected, rtol=1e-4)
+    np.testing.assert_allclose(neighbor_weights(found), weights_by_loop(distances), rtol=1e-3)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("scales", [(1, 1e12), (1e-25, 1e3), (1e-30, 1), (1e-60, 1e60)])
+def test_small_and_large_vectors_side_by_side(metric, scales):
+    """Half of the vectors so small that their squares vanish beside those of the other half."""
+    features = FEATURES.astype(np.float64) * np.repeat(scales, 150)[:, None]
+    indices, distances = brute_force(features, 7, metric)
+    for dtype in (np.float32, np.float64)[scales[1] > 1e38:]:
+        found = nearest_neighbors(features.astype(dtype), 7, metric)
+        rows = slice(150) if metric == "euclidean" else slice(None)  # from the large ones, all of
+        assert (found.indices == indices)[rows].mean() > 0.999  # the small are equally far
+        np.testing.assert_allclose(found.distances, distances, rtol=1e-3)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "inner"])
+@pytest.mark.parametrize("offset", [100, 1e4, 1e7])
+def test_vectors_far_from_the_origin_are_told_apart(metric, offset):
+    features = FEATURES.astype(np.float64) + offset
+    indices, distances = brute_force(features, 7, metric)
+    found = nearest_neighbors(features, 7, metric)
+    assert (found.indices == indices).mean() > 0.999
+    np.testing.assert_allclose(found.distances, distances, rtol=1e-3)
+
+
+def test_a_sparse_inner_product_is_that_of_brute_force():
+    """Large vectors that point away from all: the nearest are tiny, and their products vanish."""
+    features = np.abs(FEATURES).astype(np.float64)
+    features[::2] *= -1e25
+    features[1::2] *= 1e-20
+    found = nearest_neighbors(features.astype(np.float32), 5, "inner")
+    assert (found.indices == brute_force(features, 5, "inner")[0])[1::2].mean() > 0.99
+
+
+def test_distances_that_no_number_can_hold_are_refused_in_one_sentence():
+    with pytest.raises(ValueError, match="divide the features by a constant"):
+        nearest_neighbors(np.sign(FEATURES).astype(float) * 1.7e308, 5, "euclidean")
 
 
 def test_self_is_left_out_by_index_even_among_duplicates():
@@ -85,6 +137,62 @@ def test_label_consistency_by_hand():
     np.testing.assert_allclose(label_consistency(found, labels), [1, 0.5, 1 / 3])
 
 
+def test_labels_may_be_a_list_and_are_one_a_sample():
+    found = nearest_neighbors(FEATURES, 5)
+    labels = (FEATURES[:, 0] > 0.5).astype(int)
+    assert (label_consistency(found, labels.tolist()) == label_consistency(found, labels)).all()
+    named = np.array(["no", "yes"])[labels].tolist()
+    assert (label_consistency(found, named) == label_consistency(found, labels)).all()
+    for bad in (labels[:-1], labels[:-1].tolist(), labels[:, None]):
+        with pytest.raises(ValueError, match="labels of the shape"):
+            label_consistency(found, bad)
+        with pytest.raises(ValueError, match="300 samples, and labels of the shape"):
+            knn_accuracy(FEATURES, bad)
+        with pytest.raises(ValueError, match="300 samples, and labels of the shape"):
+            knn_accuracy(FEATURES, labels, FEATURES, bad)
+
+
+def test_the_first_neighbours_and_what_eq_4_needs_of_them():
+    found = nearest_neighbors(FEATURES, 7)
+    assert (found.first(3).indices == found.indices[:, :3]).all()
+    assert (neighbor_weights(found.first(7)) == neighbor_weights(found)).all()
+    with pytest.raises(ValueError, match="2 neighbours here, and Eq"):
+        neighbor_weights(found.first(2))
+    for k in (0, -1, 8, 2.5):
+        with pytest.raises(ValueError, match="7 neighbours were searched"):
+            found.first(k)
+    with pytest.raises(ValueError, match=r"pass two tables \[N, K\]"):
+        Neighbors(found.indices, found.distances[:, :2], "cosine")
+
+
+def test_knn_accuracy_whatever_the_scale_and_the_names_of_the_labels():
+    labels = (FEATURES[:, 0] + 0.3 * RNG.standard_normal(300) > 0.5).astype(int)
+    sets = FEATURES[:200], labels[:200], FEATURES[200:], labels[200:]
+    for few in (sets, sets[:2]):
+        expected = knn_accuracy(*few)
+        for factor in (1e20, 1e-30, 1e200):
+            dtype = np.float32 if factor < 1e38 else np.float64
+            scaled = [part.astype(dtype) * dtype(factor) if part.ndim == 2 else part
+                      for part in few]
+            assert knn_accuracy(*scaled) == pytest.approx(expected)
+        for names in ([7, -1], [10**9, 5], ["no", "yes"]):
+            named = [part if part.ndim == 2 else np.array(names)[part].tolist() for part in few]
+            assert knn_accuracy(*named) == pytest.approx(expected)
+    assert knn_accuracy(FEATURES, labels, k=1) == pytest.approx(
+        label_consistency(nearest_neighbors(FEATURES, 3), labels)[0])
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ((FEATURES, np.zeros(300), FEATURES), "one of them is missing; pass both"),
+    ((FEATURES, np.zeros(300), FEATURES[:, :5], np.zeros(300)), "12 columns and test features 5"),
+    ((FEATURES, np.zeros(300), None, None, 0), "k is 0; pass a whole number of at least 1"),
+    ((FEATURES, np.zeros(300), None, None, 300), "pass at most 299"),
+])
+def test_bad_knn_requests_are_refused_in_one_sentence(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        knn_accuracy(*arguments)
+
+
 def test_knn_accuracy_equals_scikit_learn_with_the_same_votes():
     labels = (FEATURES[:, 0] + 0.3 * RNG.standard_normal(300) > 0.5).astype(int)
     unit = FEATURES / np.linalg.norm(FEATURES, axis=1, keepdims=True)
@@ -104,6 +212,7 @@ def test_knn_accuracy_equals_scikit_learn_with_the_same_votes():
 
 @pytest.mark.parametrize(("k", "metric", "words"), [
     (2, "cosine", "third nearest neighbour"),
+    (4.5, "cosine", "n_neighbors is 4.5, .* a whole number of at least 3"),
     (300, "cosine", "at most 299"),
     (5, "manhattan", "cosine, euclidean, inner"),
 ])
@@ -118,3 +227,8 @@ def test_features_that_are_not_finite_name_the_row(bad):
     features[17, 3] = bad
     with pytest.raises(ValueError, match="row 17"):
         nearest_neighbors(features, 5)
+
+
+def test_finite_numbers_whose_sum_is_not_are_finite():
+    found = nearest_neighbors(np.abs(FEATURES.astype(np.float64)) * 4e307, 5)
+    assert np.isfinite(found.distances).all()

@@ -1,18 +1,26 @@
 """The committed notebooks: their shape, their outputs, and the numbers that their prose states."""
 
-import csv
+import copy
 import json
 import re
 from pathlib import Path
 
 import pytest
+from readings import (
+    PATHS,
+    agrees,
+    main,
+    numbers_of,
+    problems_of,
+    retype,
+    source_of,
+    table_of,
+    typed_like,
+    value_of,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FIGURES = ROOT / "figures" / "offline"
 MACHINE_PATH = re.compile(r"/(?:home|root|Users|tmp|work|mnt|opt|usr|private|var)/[\w.-]+"
                           r"|\b[A-Z]:\\+\w+|site-packages")
-DECIMAL = re.compile(r"(?<![\w.])[-−]?\d+\.\d+(?![\d.]*\.\d)")
 
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
@@ -22,45 +30,12 @@ def cells_of(path: Path, kind: str | None = None) -> list[dict]:
     return [cell for cell in cells if kind in (None, cell["cell_type"])]
 
 
-def source_of(cell: dict) -> str:
-    return "".join(cell["source"])
-
-
 def tags_of(cell: dict) -> list[str]:
     return cell["metadata"].get("tags", [])
 
 
-def readings_of(path: Path) -> list[tuple[str, str]]:
-    """(stem of the figure's CSV, text) of the markdown cells that read a figure."""
-    return [(cell["metadata"]["reading"], source_of(cell)) for cell in cells_of(path, "markdown")
-            if "reading" in cell["metadata"]]
-
-
-def stated_numbers(text: str) -> list[str]:
-    """Numbers with a decimal point, as they are typed; formulas and section numbers left out."""
-    text = re.sub(r"\$[^$]*\$|\bSecs?\.\s*[\d.]+", "", text)
-    return [number.replace("−", "-") for number in DECIMAL.findall(text)]
-
-
-def is_among(number: str, values: list[float]) -> bool:
-    """Whether a typed number is one of the values, or 100 times it, rounded to as many decimals."""
-    half = 0.5 * 10.0 ** -len(number.partition(".")[2])
-    # A value just at half may be rounded either way, and the CSV keeps six digits.
-    return any(abs(scale * value - float(number)) <= half * (1 + 1e-6) + 1e-5 * abs(float(number))
-               for value in values for scale in (1, 100))
-
-
-def values_of(stem: str) -> list[float]:
-    """Every number in a figure's CSV."""
-    values = []
-    with (FIGURES / f"{stem}.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.reader(file):
-            for entry in row:
-                try:
-                    values.append(float(entry))
-                except ValueError:
-                    continue
-    return values
+def stated(text: str) -> list[str]:
+    return [found[0] for found in numbers_of(text)]
 
 
 def test_the_notebooks_are_there():
@@ -116,22 +91,28 @@ def test_size_is_under_one_megabyte(path):
 
 
 @each
-def test_numbers_of_a_reading_are_in_the_figures_csv(path):
-    readings = readings_of(path)
-    if not readings:
-        pytest.skip("no cell reads a figure here")
-    for stem, text in readings:
-        assert (FIGURES / f"{stem}.csv").exists(), f"{stem}.csv is missing; run make figures"
-        values = values_of(stem)
-        absent = [number for number in stated_numbers(text) if not is_among(number, values)]
-        assert absent == [], f"not in {stem}.csv"
+def test_numbers_of_the_prose_stand_where_their_entries_say(path):
+    assert [f"{cell['id']}: {problem}" for cell in cells_of(path, "markdown")
+            if {"reading", "numbers"} & set(cell["metadata"])
+            for problem in problems_of(cell)] == []
 
 
-def test_readings_state_numbers():
+@each
+def test_no_decimal_is_without_an_entry(path):
+    """But for the first cell's, which says how long the notebook takes."""
+    assert [(cell["id"], number) for cell in cells_of(path, "markdown")[1:]
+            if "numbers" not in cell["metadata"]
+            for number in stated(source_of(cell)) if "." in number] == []
+
+
+def test_few_decimals_are_called_no_measurement():
     if not PATHS:
         pytest.skip("notebooks/ holds no notebook yet")
-    stating = [stem for path in PATHS for stem, text in readings_of(path) if stated_numbers(text)]
-    assert len(stating) >= 3
+    entries = [entry for path in PATHS for cell in cells_of(path, "markdown")
+               for entry in cell["metadata"].get("numbers", [])
+               if "." in re.split("[ :]", entry)[0]]
+    measured = [entry for entry in entries if " = " in entry]
+    assert len(entries) > 300 and len(measured) > 0.95 * len(entries)
 
 
 @pytest.mark.parametrize("number", [f"{i:02d}" for i in range(1, 11)])
@@ -149,13 +130,133 @@ def test_exercises_and_their_solutions_at_the_end(number):
 
 # The check itself: it must be able to fail.
 
+TABLE = [{"target": "cifar10", "method": "head", "K": "20", "acc, mean": "34.073",
+          "share": "0.138672", "top hub": "6517"},
+         {"target": "cifar10", "method": "1e-4, last", "K": "5", "acc, mean": "30.65",
+          "share": "0.5", "top hub": "72"}]
+OTHER = [{"mean": "-0.565", "low": ""}]
+TEXT = ("# Sec. 4.2\n\nAt K = 20 on CIFAR-10 (C9, `x = 0.5`, $y = 0.5$) the head has 34.1 and "
+        "13.9 %, against -0.57; 3.4 more, and 6,517 images of 10,000. From 30.6 on.")
+ENTRIES = ["34.1 = acc, mean [method=head, K=20]", "13.9 = 100 x share [K=20]",
+           "-0.57 = other: mean []",
+           "3.4 = acc, mean [method=head] - acc, mean [method=1e-4, last, target=cifar10]",
+           "6,517 = max top hub []", "10,000: images", "30.6 = acc, mean [method=1e-4, last]"]
 
-def test_numbers_are_found_and_compared_as_typed():
-    text = "From 33.4 (±1.6) to $x = 0.5$ 2.25 %, −1.50; Sec. 4.2, K = 20, torch 2.1.0, 0.654."
-    assert stated_numbers(text) == ["33.4", "1.6", "2.25", "-1.50", "0.654"]
-    assert is_among("33.4", [33.3512]) and is_among("33.4", [0.33449])
-    assert not is_among("33.4", [33.46]) and not is_among("33.40", [33.3512])
-    assert is_among("-1.50", [-1.4999]) and not is_among("1.5", [-1.5])
-    assert not is_among("0.65", [])
+
+def tables(stem):
+    return {"table": TABLE, "other": OTHER}[stem]
+
+
+def cell_of(text=TEXT, entries=ENTRIES):
+    return {"source": text.splitlines(keepends=True),
+            "metadata": {"reading": "table", "numbers": list(entries)}}
+
+
+def without(i, *instead):
+    return [*ENTRIES[:i], *instead, *ENTRIES[i + 1:]]
+
+
+def test_a_cell_that_agrees_has_no_problem():
+    assert problems_of(cell_of(), tables) == []
+
+
+@pytest.mark.parametrize(("text", "entries", "said"), [
+    (TEXT.replace("34.1", "34.2"), ENTRIES, "34.2 where the entries have 34.1"),
+    (TEXT.replace("34.1", "34.2"), without(0, ENTRIES[0].replace("34.1", "34.2")), "it is 34.073"),
+    (TEXT.replace("6,517", "6,518"), without(4, ENTRIES[4].replace("6,517", "6,518")), "is 6517"),
+    (TEXT, without(0, ENTRIES[0].replace("head, K=20", "1e-4, last")), "it is 30.65"),
+    (TEXT, without(0, ENTRIES[0].replace("K=20", "K=15")), "0 rows have"),
+    (TEXT, without(0, ENTRIES[0].replace("method=head, K=20", "")), "2 rows have"),
+    (TEXT, without(0, ENTRIES[0].replace("acc, mean", "top hub")), "it is 6517"),
+    (TEXT, without(0, ENTRIES[0].replace("acc, mean", "acc")), "no column 'acc'"),
+    (TEXT, without(0, ENTRIES[0].replace("method=", "methods=")), "no column 'methods'"),
+    (TEXT, without(1, ENTRIES[1].replace("100 x ", "")), "it is 0.138672"),
+    (TEXT, without(2, ENTRIES[2].replace("mean", "low")), "the place is empty"),
+    (TEXT, without(3, ENTRIES[3].replace(" - ", " + ")), "it is 64.723"),
+    (TEXT, without(3, ENTRIES[3].replace(" - ", " / ")), "was not expected"),
+    (TEXT, without(4, ENTRIES[4].replace("max", "min")), "it is 72"),
+    (TEXT, without(5), "10,000 where the entries have 30.6"),
+    (TEXT, ENTRIES[:-1], "30.6 where the entries have no more"),
+    (TEXT, [*ENTRIES, "5 = K [K=5]"], "no more numbers where the entries have 5 = K"),
+    (TEXT, without(5, "10,000"), "neither"),
+    (TEXT + " And 7 more.", ENTRIES, "7 where the entries have no more"),
+    (TEXT.replace("34.1 and", "34.1, 12 and"), ENTRIES, "12 where the entries have 13.9"),
+])
+def test_what_does_not_agree_is_said(text, entries, said):
+    problems = problems_of(cell_of(text, entries), tables)
+    assert len(problems) == 1 and said in problems[0]
+
+
+def test_numbers_are_found_as_typed():
+    text = ("1. From 33.4 (±1.6) to $x = 0.5$ 2.25 %, −1.50; Sec. 4.2, Secs 3.2 and 4.5, Figs 1, "
+            "2, Eqs 1 to 3, notebook 02, K = 20, log 10, 1e-4, 32-px, 1/sqrt(D), C9, CIFAR-10, "
+            "ViT-S/16, consistency@5, [it](a/3.md), 0.654. Twice 5x, +2.7, 256 x 3,072; n=10, "
+            "4-fold, 2-point.")
+    assert stated(text) == ["33.4", "1.6", "2.25", "−1.50", "0.654", "5", "+2.7", "256", "3,072",
+                            "10", "4", "2"]
+
+
+def test_values_are_compared_as_typed():
+    assert agrees("33.4", 33.3512) and agrees("33.4", 33.449)
+    assert not agrees("33.4", 33.46) and not agrees("33.40", 33.3512)
+    assert agrees("-0.56", -0.565) and agrees("-0.57", -0.565)  # exactly half
+    assert not agrees("-0.57", -0.5649) and agrees("-0.57", -0.5649, slack=1e-4)
+    assert agrees("−1.50", -1.4999) and not agrees("1.5", -1.5)
+    assert agrees("6,517", 6517) and not agrees("6,517", 6518)
+    for what, value in (("acc, mean [K=20] + -2 x other: mean []", 35.203),
+                        ("all of the row [target=cifar10, method=head]", 6571.211672)):
+        assert value_of(what, "table", tables)[0] == pytest.approx(value)
+    with pytest.raises(ValueError, match="missing; run make figures"):
+        table_of("no_such_figure")
+
+
+def test_new_figures_are_typed_into_text_and_entries():
+    cell, new = cell_of(), copy.deepcopy(TABLE)
+    new[0] |= {"acc, mean": "33.96", "top hub": "12345"}
+    by_stem = {"table": new, "other": [{"mean": "0.0004", "low": ""}]}.get
+    assert retype(cell, by_stem) == [
+        ("34.1", ENTRIES[0].replace("34.1", "34.0")),
+        ("-0.57", ENTRIES[2].replace("-0.57", "0.00")),
+        ("3.4", ENTRIES[3].replace("3.4", "3.3")),
+        ("6,517", ENTRIES[4].replace("6,517", "12,345"))]
+    assert problems_of(cell, by_stem) == [] and retype(cell, by_stem) == []
+    assert source_of(cell) == (TEXT.replace("34.1", "34.0").replace("-0.57", "0.00")
+                               .replace("3.4 more", "3.3 more").replace("6,517", "12,345"))
+    assert cell["source"][0] == "# Sec. 4.2\n"
+    broken = cell_of(entries=ENTRIES[:-1])
+    with pytest.raises(ValueError, match="line up"):
+        retype(broken, tables)
+    assert broken == cell_of(entries=ENTRIES[:-1])
+    assert typed_like("+2.7", 0.04) == "+0.0" and typed_like("+2.7", -1) == "-1.0"
+    assert typed_like("−1.50", -2) == "−2.00" and typed_like("5", 4.6) == "5"
+
+
+def test_the_tool_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    (tmp_path / "offline").mkdir()
+    (tmp_path / "offline" / "gain.csv").write_text("mean,n\n3.473,10\n", encoding="utf-8")
+    right = {"cells": [
+        {"cell_type": "markdown", "id": "a", "source": ["Not a reading, 10.\n"], "metadata": {}},
+        {"cell_type": "markdown", "id": "b", "source": ["## β\n", "By 3.5, n = 10."],
+         "metadata": {"numbers": ["3.5 = mean []", "10 = n []"], "reading": "gain"}},
+        {"cell_type": "code", "id": "c", "source": ["1 + 1"], "metadata": {}}]}
+    text = json.dumps(right, indent=1, ensure_ascii=False) + "\n"
+    path = tmp_path / "03.ipynb"
+    path.write_text(text.replace("3.5", "2.5"), encoding="utf-8")
+    monkeypatch.setattr("readings.PATHS", [path])
+    monkeypatch.setattr("readings.FIGURES", tmp_path)
+    assert main([]) == 1 and path.read_text(encoding="utf-8") == text.replace("3.5", "2.5")
+    assert capsys.readouterr().out == "03, cell 1 (b): 2.5 = mean []: it is 3.473\n"
+    assert main(["--retype"]) == 0 and path.read_text(encoding="utf-8") == text
+    assert capsys.readouterr().out == "03, cell 1 (b): 2.5 -> 3.5 = mean []\n"
+    assert main([]) == 0 and main(["--help"]) == 2
+
+
+@each
+def test_the_tool_would_change_nothing_else(path):
+    text = path.read_text(encoding="utf-8")
+    assert json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n" == text
+
+
+def test_paths_of_a_machine_are_seen():
     assert MACHINE_PATH.search("/".join(["", "home", "someone", "x"]))
     assert not MACHINE_PATH.search("runs/offline/x")

@@ -53,17 +53,3 @@ def test_heads_are_drawn_in_the_order_given_and_the_map_leaves_gaps():
     assert "+0.5\nn = 1" in texts and "-1.5\nn = 5" in texts
     assert len([text for text in texts if text]) == 2
     plt.close("all")
-
-
-def test_umap_takes_our_neighbours_for_its_own_search():
-    from umap import UMAP
-
-    features = np.random.default_rng(0).normal(size=(300, 5)).astype(np.float32)
-    indices, distances = plots._umap_neighbors(features)
-    with pytest.warns(UserWarning):  # of no transform of new points, and of one thread for a seed
-        ours = UMAP(metric="cosine", random_state=0, precomputed_knn=(indices, distances),
-                    n_epochs=1).fit(features)
-        theirs = UMAP(metric="cosine", random_state=0, n_epochs=1).fit(features)
-    assert abs(ours.graph_ - theirs.graph_).max() < 1e-4
-    chosen, points = plots.umap_points(features, 200)
-    assert len(set(chosen)) == 200 and points.shape == (200, 2)

@@ -28,7 +28,6 @@ def blobs(n=300, n_classes=3, spread=0.5) -> FeatureSet:
 def own_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tsp_utils.study.runs_dir", lambda: tmp_path / "runs")
-    monkeypatch.setattr(dictionary_arms, "runs_dir", lambda: tmp_path / "runs")
     monkeypatch.setattr(dictionary_arms, "bundled_dir", lambda: tmp_path / "bundled")
 
 
@@ -69,7 +68,7 @@ def test_dictionaries_are_learned_once_and_written_whole(monkeypatch):
     assert by_arm["source"][0]["head"] != by_arm["source"][1]["head"]  # seeds are runs of their own
 
     before = path.read_bytes()
-    monkeypatch.setattr(dictionary_arms, "learn_patch_kmeans", None)  # any learning would fail
+    monkeypatch.setattr(dictionary_arms, "arm_images", None)  # any learning would fail
     assert learn_dictionary_arms(n_seeds=2, n_heads=2).read_bytes() == before
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,11 +10,13 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+import tsp_utils.__main__ as command
 from tsp_utils import run
-from tsp_utils.run import notebook_hash, notebook_paths, publish_figures, refresh, reproduce
+from tsp_utils.run import Step, notebook_hash, notebook_paths, publish_figures, refresh, reproduce
 from tsp_utils.study import load_study
 
 
@@ -32,7 +35,7 @@ def executed(monkeypatch) -> list:
     """Stands for papermill: copies the notebook and keeps (name, profile)."""
     calls = []
 
-    def execute(path, out, profile, n_threads, messages):
+    def execute(path, out, profile, n_threads, log, noted):
         calls.append((path.stem, profile))
         return subprocess.Popen(["cp", str(path), str(out)])
 
@@ -40,20 +43,21 @@ def executed(monkeypatch) -> list:
     return calls
 
 
-def write_notebook(folder: Path, name: str, *sources: str) -> Path:
-    """Title, parameters cell, then one code cell a source."""
+def write_notebook(folder: Path, name: str, *sources: str, **tsp) -> Path:
+    """Title, parameters cell, then one code cell a source; what it says to the runner."""
     parameters = new_code_cell('profile = "offline"', metadata={"tags": ["parameters"]})
     notebook = new_notebook(cells=[new_markdown_cell(f"# {name}"), parameters,
                                    *map(new_code_cell, sources)])
     notebook.metadata["kernelspec"] = dict(name="python3", display_name="Python 3",
                                            language="python")
+    notebook.metadata["tsp"] = tsp
     nbformat.write(notebook, folder / f"{name}.ipynb")
     return folder / f"{name}.ipynb"
 
 
 def what_happened(profile="tiny", folder=None, jobs=1, **options) -> list[tuple[str, str]]:
     steps = reproduce(profile, folder=folder, jobs=jobs, **options)
-    return [(name, what) for name, what, _ in steps]
+    return [(step.name, step.what) for step in steps if step.ended]
 
 
 def run_dir(folder: Path, profile="tiny") -> Path:
@@ -77,7 +81,7 @@ def test_notebooks_run_in_order_fail_by_name_and_resume(folder):
     write_notebook(folder, "02_third", note % "third:")
     write_notebook(folder, "draft", note % "draft:")  # no number, no part of the study
 
-    steps = reproduce("tiny", folder=folder, jobs=1)
+    steps = (step for step in reproduce("tiny", folder=folder, jobs=1) if step.ended)
     assert next(steps)[:2] == ("00_first", RAN)
     # Papermill's injected cell is not the reader's: the failing one is the third of the source.
     with pytest.raises(RuntimeError, match=r"^01_second\.ipynb failed in code cell 3: ValueError: "
@@ -104,18 +108,6 @@ def test_second_time_skips_and_force_runs_again(folder, executed):
     assert what_happened(folder=folder) == [("00_a", SKIPPED), ("01_b", SKIPPED)]
     assert what_happened(folder=folder, force=True) == [("00_a", RAN), ("01_b", RAN)]
     assert len(executed) == 4
-
-
-def test_figures_that_a_notebook_no_longer_draws_are_removed(folder, executed):
-    figures = run_dir(folder) / "figures"
-    figures.mkdir(parents=True)
-    for name in ("00_a_old.png", "01_b_old.png"):
-        (figures / name).touch()
-        os.utime(figures / name, (0, 0))
-    (figures / "00_a_new.png").touch()
-    write_notebook(folder, "00_a", "1 + 1")
-    what_happened(folder=folder)
-    assert {path.name for path in figures.iterdir()} == {"00_a_new.png", "01_b_old.png"}
 
 
 def test_a_changed_notebook_alone_runs_again(folder, executed):
@@ -153,21 +145,160 @@ def test_a_changed_profile_library_or_bundled_file_runs_again(folder, executed, 
 
     (bundled / "weights").write_bytes(b"new")  # learned again: of the same size
     assert what_happened(folder=folder) == [("00_a", RAN)]
-    monkeypatch.setattr(run, "source_hash", lambda: "another library")
+    write_notebook(folder, "00_a", "%matplotlib inline\n6 * 7")
+    called = []
+    monkeypatch.setattr(run, "code_called_by", lambda source: called.append(source) or "other")
     assert what_happened(folder=folder) == [("00_a", RAN)]
+    assert "6 * 7" in called[0] and "%" not in called[0]
     assert what_happened(folder=folder) == [("00_a", SKIPPED)]
 
 
-def test_images_that_moved_to_another_class_folder_run_again(folder, executed):
+IMAGE_FOLDER = "cifar10/test/cat/1.png", "cifar10/test/dog/1.png"
+PICKLES = "cifar-10-batches-py/test_batch", "cifar-10-batches-py/data_batch_2"
+BINARIES = "stl10_binary/test_X.bin", "stl10_binary/train_X.bin"
+IDX = "FashionMNIST/raw/train-images-idx3-ubyte", "FashionMNIST/raw/train-labels-idx1-ubyte.gz"
+
+
+@pytest.mark.parametrize(("name", "files"), [
+    ("cifar10", IMAGE_FOLDER), ("cifar10", PICKLES), ("stl10", BINARIES), ("fashion-mnist", IDX),
+    ("cifar100-20", ("cifar-100-python/test", "cifar-100-python/meta"))])
+def test_images_that_were_replaced_added_or_removed_run_again(folder, executed, name, files):
+    write_notebook(folder, "00_a", "1 + 1", data=["study"])
+    first, second = (Path(os.environ["TSP_DATA"]) / file for file in files)
+    profile = f"tiny datasets={name} protocol=split"
+
+    def again():
+        return what_happened(profile, folder=folder)[0][1]
+
+    def put(path, content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    put(first, b"images")
+    assert (again(), again()) == (RAN, SKIPPED)
+    put(first, b"other images")
+    assert (again(), again()) == (RAN, SKIPPED)
+    put(second, b"more images")
+    assert (again(), again()) == (RAN, SKIPPED)
+    first.unlink()
+    assert (again(), again()) == (RAN, SKIPPED)
+    put(first.with_name(".unseen"), b"no image of this set")
+    assert again() == SKIPPED
+
+
+def test_images_in_another_class_folder_run_again_and_those_not_loaded_do_not(folder, executed):
+    write_notebook(folder, "00_a", "1 + 1", data=["cifar10"])
+    cat, dog = (Path(os.environ["TSP_DATA"]) / file for file in IMAGE_FOLDER)
+    for path in (cat, dog, cat.parents[2] / "train" / "cat" / "1.png"):
+        path.parent.mkdir(parents=True)
+    cat.write_bytes(b"image")
+    assert what_happened(folder=folder) == [("00_a", RAN)]
+    cat.rename(dog)
+    assert what_happened(folder=folder) == [("00_a", RAN)]
+    (cat.parents[2] / "train" / "cat" / "1.png").write_bytes(b"image")  # named: its test split
+    assert what_happened(folder=folder) == [("00_a", SKIPPED)]
+
+
+def test_a_download_by_the_notebook_itself_is_no_change(folder):
+    file = Path(os.environ["TSP_DATA"]) / PICKLES[0]
+    write_notebook(folder, "00_a", f"import pathlib\nfile = pathlib.Path({str(file)!r})\n"
+                   "file.parent.mkdir(parents=True)\nfile.write_bytes(b'1')", data=["cifar10"])
+    assert what_happened(folder=folder) == [("00_a", RAN)]
+    assert what_happened(folder=folder) == [("00_a", SKIPPED)]
+    file.write_bytes(b"22")
+    with pytest.raises(RuntimeError, match="FileExistsError"):
+        what_happened(folder=folder)
+
+
+# What a notebook leaves.
+
+
+@pytest.fixture
+def leaves(folder, monkeypatch) -> list:
+    """Stands for papermill: a notebook leaves the tables named here; with FAILS it fails then."""
+    names = []
+
+    def execute(path, out, profile, n_threads, log, noted):
+        monkeypatch.setenv("TSP_LEFT", str(noted))
+        for name in names:
+            if name != "FAILS":
+                load_study(profile).save_table(pd.DataFrame({"x": [1]}), name)
+        load_study(profile).save_table("text", "notes")
+        monkeypatch.delenv("TSP_LEFT")
+        return subprocess.Popen(["false"] if "FAILS" in names else ["cp", str(path), str(out)])
+
+    monkeypatch.setattr(run, "_papermill", execute)
+    return names
+
+
+def test_what_a_notebook_leaves_no_more_is_removed(folder, leaves):
+    figures = run_dir(folder) / "figures"
+    figures.mkdir(parents=True)
+    (figures / "00_of_the_reader.csv").touch()  # left by nobody
     write_notebook(folder, "00_a", "1 + 1")
-    images = Path(os.environ["TSP_DATA"]) / "fashion-mnist" / "test"
-    for name in ("cat", "dog"):
-        (images / name).mkdir(parents=True)
-    (images / "cat" / "1.png").write_bytes(b"image")
+    leaves[:] = ["00_old", "00_kept", "FAILS"]
+    with pytest.raises(RuntimeError, match="could not be run"):
+        what_happened(folder=folder)
+    leaves[:] = ["00_kept", "00_second"]
+    assert what_happened(folder=folder) == [("00_a", RAN)]
+    here = {"00_kept.csv", "00_second.csv", "notes.md", "00_of_the_reader.csv"}
+    assert {path.name for path in figures.iterdir()} == here
+    left = source_of(run_dir(folder) / "00_a.ipynb")["metadata"]["tsp"]["left"]
+    assert set(left) == {f"figures/{name}" for name in here - {"00_of_the_reader.csv"}}
+
+    leaves[:] = ["00_kept"]
+    assert what_happened(folder=folder, force=True) == [("00_a", RAN)]
+    assert {path.name for path in figures.iterdir()} == here - {"00_second.csv"}
+    assert {path.name for path in run_dir(folder).iterdir()} == {"00_a.ipynb", "figures"}
+
+
+def test_what_a_notebook_left_is_made_again_where_it_is_missing_or_changed(folder, leaves):
+    leaves[:] = ["00_kept"]
+    figures = run_dir(folder) / "figures"
+    write_notebook(folder, "00_a", "1 + 1")
     assert what_happened(folder=folder) == [("00_a", RAN)]
     assert what_happened(folder=folder) == [("00_a", SKIPPED)]
-    (images / "cat" / "1.png").rename(images / "dog" / "1.png")
+    (figures / "00_kept.csv").unlink()
     assert what_happened(folder=folder) == [("00_a", RAN)]
+    assert (figures / "00_kept.csv").read_text() == "x\n1\n"
+    (figures / "notes.md").write_text("mine")
+    assert what_happened(folder=folder) == [("00_a", RAN)]
+    assert what_happened(folder=folder) == [("00_a", SKIPPED)]
+
+
+def test_after_a_run_that_left_something_and_did_not_end_it_runs_again(folder, leaves):
+    """Even where the notebook is again as it was in the run before that: all is as in that one."""
+    leaves[:] = ["00_kept"]
+    first = write_notebook(folder, "00_a", "1 + 1").read_text()
+    what_happened(folder=folder)
+    leaves[:] = ["00_kept", "00_other", "FAILS"]
+    write_notebook(folder, "00_a", "1 + 2")
+    with pytest.raises(RuntimeError, match="could not be run"):
+        what_happened(folder=folder)
+    leaves[:] = ["00_kept"]
+    (folder / "00_a.ipynb").write_text(first)
+    assert what_happened(folder=folder) == [("00_a", RAN)]
+    assert not (run_dir(folder) / "figures" / "00_other.csv").exists()
+
+
+def test_a_reader_runs_again_when_what_it_reads_has_changed(folder, executed):
+    for name in ("00_a", "01_b"):
+        write_notebook(folder, name, "1 + 1")
+    write_notebook(folder, "02_c", "1 + 1", reads=["00"])
+    what_happened(folder=folder)
+    for name, happened in (("01_b", SKIPPED), ("00_a", RAN)):
+        path = run_dir(folder) / f"{name}.ipynb"
+        notebook = source_of(path)
+        (path.parent / "claims").mkdir(exist_ok=True)
+        (path.parent / "claims" / f"{name}.json").write_text("{}")
+        notebook["metadata"]["tsp"]["left"] = {
+            f"claims/{name}.json": run._sha256(path.parent / "claims" / f"{name}.json")}
+        path.write_text(json.dumps(notebook))
+        assert what_happened(folder=folder) == [("00_a", SKIPPED), ("01_b", SKIPPED),
+                                                ("02_c", happened)]
+
+
+# Order.
 
 
 def test_two_run_side_by_side_and_a_reader_of_evidence_waits(folder):
@@ -181,9 +312,9 @@ def test_two_run_side_by_side_and_a_reader_of_evidence_waits(folder):
             "(here / '{mine}.ended').touch()")
     write_notebook(folder, "00_a", meet.format(here=str(here), mine="a", other="b", pause=2))
     write_notebook(folder, "01_b", meet.format(here=str(here), mine="b", other="a", pause=0))
-    write_notebook(folder, "02_c", "# read_evidence(study)\n"
-                   f"import pathlib\nhere = pathlib.Path({str(here)!r})\n"
-                   "assert all((here / f'{name}.ended').exists() for name in 'ab')")
+    write_notebook(folder, "02_c", f"import pathlib\nhere = pathlib.Path({str(here)!r})\n"
+                   "assert all((here / f'{name}.ended').exists() for name in 'ab')",
+                   reads=["00", "01"])
     write_notebook(folder, "03_d", "1 + 1")
     happened = what_happened(folder=folder, jobs=2)
     assert sorted(happened) == [(name, RAN) for name in ("00_a", "01_b", "02_c", "03_d")]
@@ -191,30 +322,26 @@ def test_two_run_side_by_side_and_a_reader_of_evidence_waits(folder):
 
 
 def test_side_by_side_the_longest_begins_and_one_at_a_time_the_first(folder, executed):
-    for name, said in (("00_a", "nothing"), ("01_b", "**Takes** about 20 s (`offline`)."),
-                       ("02_c", "**Takes** 155 s the first time, 28 s from the cache."),
-                       ("03_d", "**Takes** 10 s.\n\nFig. 5 took 900 s."), ("04_e", "")):
-        write_notebook(folder, name, "1 + 1" if name != "03_d" else "# read_evidence(study)")
-        notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
-        notebook.cells[0].source += f"\n\n{said}"
-        nbformat.write(notebook, folder / f"{name}.ipynb")
+    for name, seconds in (("00_a", {}), ("01_b", {"tiny": 20, "paper": 900}),
+                          ("02_c", {"tiny": 155}), ("03_d", {"tiny": 900}),
+                          ("04_e", {"offline": 30, "small": 1})):
+        write_notebook(folder, name, "1 + 1", seconds=seconds,
+                       reads=["00", "04"] if name == "03_d" else [])
     what_happened(folder=folder, jobs=1)
     assert [name for name, _ in executed] == ["00_a", "01_b", "02_c", "03_d", "04_e"]
     executed.clear()
-    what_happened(folder=folder, jobs=2, force=True)
-    assert [name for name, _ in executed[:2]] == ["02_c", "01_b"]
-    assert {name for name, _ in executed[2:]} == {"00_a", "03_d", "04_e"}
+    what_happened("tiny n_neighbors=5", folder=folder, jobs=2)
+    assert [name for name, _ in executed[:3]] == ["02_c", "04_e", "01_b"]  # 04: at most 30
+    assert {name for name, _ in executed[3:]} == {"00_a", "03_d"}
 
 
-def test_a_reader_of_evidence_waits_for_those_before_it_alone(folder):
+def test_a_reader_waits_for_those_before_it_that_it_reads(folder):
     a, b, c = (folder / f"0{i}_{name}.ipynb" for i, name in enumerate("abc"))
-    write_notebook(folder, "00_a", "1 + 1")
-    write_notebook(folder, "01_b", "# read_evidence(study)")
-    write_notebook(folder, "02_c", "1 + 1")
-    assert run._next_to_start([b, a, c], []) == a
-    assert run._next_to_start([b, c], [a]) == c
-    assert run._next_to_start([b], [a, c]) is None
-    assert run._next_to_start([b], [c]) == b
+    about = {a: {}, b: {"reads": ["00", "01", "02"]}, c: {}}  # itself and a later one: no wait
+    assert run._next_to_start([b, a, c], [], about) == a
+    assert run._next_to_start([b, c], [a], about) == c
+    assert run._next_to_start([b], [a, c], about) is None
+    assert run._next_to_start([b], [c], about) == b
 
 
 def test_less_than_one_notebook_at_a_time_is_refused(folder):
@@ -225,7 +352,7 @@ def test_less_than_one_notebook_at_a_time_is_refused(folder):
 def test_threads_are_shared_out_and_one_notebook_alone_has_them_all(folder, monkeypatch):
     given = {}
 
-    def execute(path, out, profile, n_threads, messages):
+    def execute(path, out, profile, n_threads, log, noted):
         given[path.stem] = n_threads
         return subprocess.Popen(["cp", str(path), str(out)])
 
@@ -233,7 +360,7 @@ def test_threads_are_shared_out_and_one_notebook_alone_has_them_all(folder, monk
     monkeypatch.setattr(run.joblib, "cpu_count", lambda: 9)
     for name in ("00_a", "01_b"):
         write_notebook(folder, name, "1 + 1")
-    write_notebook(folder, "02_c", "# read_evidence(study)")
+    write_notebook(folder, "02_c", "1 + 1", reads=["00", "01"])
     what_happened(folder=folder, jobs=2)
     assert given == {"00_a": 4, "01_b": 4, "02_c": 9}
 
@@ -243,7 +370,7 @@ def test_the_users_own_number_of_threads_counts_where_it_is_smaller(monkeypatch)
     monkeypatch.setattr(run.subprocess, "Popen", lambda command, env, **_: given.update(env))
     for wanted, share, expected in (("1", 4, "1"), ("8", 4, "4"), ("", 4, "4"), ("all", 4, "4")):
         monkeypatch.setenv("OMP_NUM_THREADS", wanted)
-        run._papermill(Path("00_a.ipynb"), Path("out.ipynb"), "tiny", share, None)
+        run._papermill(Path("00_a.ipynb"), Path("out.ipynb"), "tiny", share, None, Path("left"))
         assert given["OMP_NUM_THREADS"] == expected and given["LOKY_MAX_CPU_COUNT"] == "4"
 
 
@@ -282,20 +409,25 @@ def test_a_failure_stops_what_runs_beside_it(folder):
     assert {path.name for path in run_dir(folder).iterdir()} == {"01_b.failed.ipynb"}
 
 
+def run_apart(folder: Path) -> subprocess.Popen:
+    """`reproduce` of the folder's notebooks in a process of its own."""
+    code = ("import pathlib, signal, sys, tsp_utils.study, tsp_utils.run\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's &\n"
+            "tsp_utils.run.stop_when_terminated()\n"
+            "tsp_utils.study.runs_dir = lambda: pathlib.Path(sys.argv[1]) / 'runs'\n"
+            "list(tsp_utils.run.reproduce('tiny', folder=pathlib.Path(sys.argv[2]), jobs=2))")
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder.parent), str(folder)], cwd=run.REPOSITORY,
+        start_new_session=True, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are read from /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_ends_the_kernels_and_leaves_no_partial(folder, number):
     """Ctrl-C, as a terminal sends it, to every process of the group; kill, to the first alone."""
     sign, source = started(folder, "00_a")
     write_notebook(folder, "00_a", source)
-    code = ("import pathlib, signal, sys, tsp_utils.study, tsp_utils.run\n"
-            "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's &\n"
-            "tsp_utils.run.stop_when_terminated()\n"
-            "tsp_utils.study.runs_dir = lambda: pathlib.Path(sys.argv[1]) / 'runs'\n"
-            "list(tsp_utils.run.reproduce('tiny', folder=pathlib.Path(sys.argv[2])))")
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder.parent), str(folder)], cwd=run.REPOSITORY,
-        start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = run_apart(folder)
     try:
         wait_until(sign.exists)
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
@@ -307,10 +439,34 @@ def test_an_interruption_ends_the_kernels_and_leaves_no_partial(folder, number):
     assert not list(run_dir(folder).iterdir())
 
 
-def test_a_kernel_that_dies_is_named(folder):
-    write_notebook(folder, "00_a", "import os\nos.kill(os.getpid(), 9)")
-    with pytest.raises(RuntimeError, match=r"^00_a\.ipynb stopped because its kernel died.*memory"):
-        what_happened(folder=folder)
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are read from /proc")
+def test_one_run_at_a_time_and_a_killed_one_leaves_no_lock_no_kernel_and_no_trace(folder):
+    sign, source = started(folder, "00_a")
+    leave = ("import pathlib, tsp_utils.study\n"
+             f"tsp_utils.study.runs_dir = lambda: pathlib.Path({str(folder.parent / 'runs')!r})\n"
+             "tsp_utils.study.load_study(profile).save_table('text', %r)")
+    write_notebook(folder, "00_a", leave % "half", source)
+    process = run_apart(folder)
+    try:
+        wait_until(sign.exists)
+        with pytest.raises(RuntimeError, match=r"Another run of tiny is under way in .*; wait"):
+            what_happened(folder=folder)
+        assert what_happened("tiny n_seeds=1", folder=folder.parent / "none") == []
+    finally:
+        process.kill()
+        process.communicate()
+    wait_until(lambda: not is_alive(int(sign.read_text())))
+    write_notebook(folder, "00_a", leave % "whole")
+    assert what_happened(folder=folder) == [("00_a", RAN)]
+    assert {path.name for path in run_dir(folder).iterdir()} == {"00_a.ipynb", "figures"}
+    assert [path.name for path in (run_dir(folder) / "figures").iterdir()] == ["whole.md"]
+
+
+def test_a_process_that_dies_is_named(folder):
+    for dies in ("os.getpid()", "os.getppid()"):  # the kernel, papermill
+        write_notebook(folder, "00_a", f"import os, time\nos.kill({dies}, 9)\ntime.sleep(60)")
+        with pytest.raises(RuntimeError, match=r"^00_a\.ipynb stopped because its process died"):
+            what_happened(folder=folder)
     assert not list(run_dir(folder).iterdir())
 
 
@@ -334,6 +490,88 @@ def test_kernels_find_package_and_folders_from_where_they_work(folder, executed,
     assert paths[0] == str(run.REPOSITORY) and len(paths) == len(set(paths)) == 2
 
 
+# What is said meanwhile.
+
+
+def test_it_says_when_a_notebook_starts_and_which_cell_runs(folder):
+    write_notebook(folder, "00_a", "import time\ntime.sleep(2.5)", "1 + 1")
+    steps = [step for step in reproduce("tiny", folder=folder, jobs=1)]
+    assert steps[0] == ("00_a", "starts", 0.0, False)
+    assert steps[-1].what == RAN and [step.ended for step in steps] == [False] * (
+        len(steps) - 1) + [True]
+    # The parameters' cell is the first of three, and papermill's own is not counted.
+    slow = [step.seconds for step in steps if step.what == "code cell 2 of 3"]
+    assert len(slow) >= 2 and slow == sorted(slow)
+
+
+def said(steps, monkeypatch, capsys, terminal: bool) -> str:
+    """What `report` prints of (clock, step) pairs."""
+    clock = [0.0]
+
+    def on_the_clock():
+        for clock[0], step in steps:
+            yield step
+
+    monkeypatch.setattr(command.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(command.sys.stdout, "isatty", lambda: terminal, raising=False)
+    command.report(on_the_clock())
+    return capsys.readouterr().out
+
+
+STEPS = [(0, Step("00_a", "starts", ended=False)), (1, Step("00_a", "code cell 1 of 9", 1, False)),
+         (12, Step("00_a", "code cell 2 of 9", 12, False)),
+         (13, Step("00_a", "code cell 3 of 9", 13, False)),
+         (40, Step("00_a", "code cell 3 of 9", 40, False)),
+         (60, Step("00_a", "code cell 3 of 9", 60, False)),
+         (101, Step("00_a", "code cell 3 of 9", 101, False)),
+         (102, Step("01_b", "starts", ended=False)), (103, Step("00_a", "ran", 103)),
+         (104, Step("01_b", "code cell 1 of 2", 2, False)), (105, Step("01_b", "ran", 3))]
+
+
+def test_lines_are_few_where_the_output_is_no_terminal(monkeypatch, capsys):
+    lines = said(STEPS, monkeypatch, capsys, terminal=False).splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "00_a starts", "00_a code cell 2 of 9 12 s", "00_a code cell 3 of 9 40 s",
+        "00_a code cell 3 of 9 101 s", "01_b starts", "00_a ran 103 s", "01_b ran 3 s",
+        "all 105 s"]
+
+
+def test_a_terminal_has_one_line_that_is_written_again(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    pieces = said(STEPS, monkeypatch, capsys, terminal=True).split("\r\x1b[K")
+    lasting = [piece.split() for piece in pieces if piece.endswith("\n")]
+    assert lasting[:3] == [["00_a", "starts"], ["01_b", "starts"], ["00_a", "ran", "103", "s"]]
+    assert "00_a: code cell 3 of 9, 101 s" in pieces
+    assert "00_a: code cell 3 of 9, 101 s | 01_b: starts, 0 s" in pieces
+    assert max(len(piece) for piece in pieces) < 60 and pieces[-1].split()[0] == "all"
+
+
+# What the committed notebooks say to the runner.
+
+
+def code_of(path: Path) -> str:
+    return "\n".join("".join(cell["source"]) for cell in source_of(path)["cells"]
+                     if cell["cell_type"] == "code")
+
+
+@pytest.mark.parametrize("path", notebook_paths(), ids=lambda path: path.stem)
+def test_a_notebook_says_what_it_loads_and_reads_and_how_long_it_takes(path):
+    about, code = source_of(path)["metadata"]["tsp"], code_of(path)
+    assert set(about) == {"data", "reads", "seconds"}
+    assert set(about["seconds"]) == {"offline", "small"} and min(about["seconds"].values()) > 0
+
+    loads = re.search(r"study\.(images|features|fit_and_score|train|kmeans_table)\(|"
+                      r"compare_heads\(|run_heads\(", code)
+    named = set(re.findall(r"(?:load_dataset|study\.images)\(\"([\w-]+)\"", code))
+    assert set(about["data"]) == named | ({"study"} if loads else set())
+
+    others = [other for other in notebook_paths() if other.name < path.name]
+    leave_evidence = {other.name[:2] for other in others if "save_evidence(study" in code_of(other)}
+    read = leave_evidence if "read_evidence(study)" in code else set()
+    read |= {number for number in re.findall(r"\"(\d\d)_\w+\"", code) if number != path.name[:2]}
+    assert set(about["reads"]) == read
+
+
 # Outputs back into the notebooks.
 
 
@@ -341,10 +579,10 @@ def test_refresh_writes_outputs_without_traces_of_the_run(folder):
     path = write_notebook(folder, "00_a", "print(profile, 6 * 7)", "import sys, warnings\n"
                           "from tqdm import tqdm\n"
                           "for _ in tqdm(range(3), unit='image'):\n    pass\n"
-                          "print('mind this', file=sys.stderr)")
+                          "print('mind this', file=sys.stderr)", data=["study"])
     failing = write_notebook(folder, "01_b", "print('never written')", "1 / 0")
     before = failing.read_bytes()
-    steps = refresh(folder)
+    steps = (step for step in refresh(folder) if step.ended)
     assert next(steps)[:2] == ("00_a", "refreshed")
     with pytest.raises(RuntimeError, match=r"^01_b\.ipynb failed in code cell 3: ZeroDivision"):
         next(steps)
@@ -356,7 +594,8 @@ def test_refresh_writes_outputs_without_traces_of_the_run(folder):
     (warned,) = notebook["cells"][3]["outputs"]
     assert "".join(warned["text"]) == "mind this\n"  # the bar is gone, the message stays
     assert all("execution" not in cell["metadata"] for cell in notebook["cells"])
-    assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
+    assert set(notebook["metadata"]) == {"kernelspec", "language_info", "tsp"}
+    assert notebook["metadata"]["tsp"] == {"data": ["study"]}
     assert not [c for c in notebook["cells"] if "injected-parameters" in c["metadata"].get("tags",
                                                                                             [])]
 

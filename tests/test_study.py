@@ -1,10 +1,9 @@
 """A profile: read, refused, overridden; and a run of the tiny one, with the record it leaves."""
 
-import ast
 import errno
 import json
 import os
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import torch
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from tsp_utils import clustering_metrics, heads, load_backbone, load_dataset
+from tsp_utils import clustering_metrics, heads, load_backbone, load_dataset, losses
 from tsp_utils.feature_sets import draw_rows, load_vectors
-from tsp_utils.head_runs import code_alone, run_heads, source_hash, summarise
+from tsp_utils.head_runs import code_of_heads, run_heads, summarise
 from tsp_utils.heads import scale_features
 from tsp_utils.image_folders import find_images, read_images
-from tsp_utils.paths import PACKAGE, REPOSITORY, data_dir, write_json
+from tsp_utils.paths import REPOSITORY, data_dir, write_json
 from tsp_utils.study import Study, load_study
 
 pytestmark = pytest.mark.filterwarnings("ignore:Collapse")  # a few steps on a few images
@@ -45,17 +44,26 @@ def tiny(tmp_path, monkeypatch) -> Study:
     return load_study("tiny")
 
 
+class Counted:
+    """Trains heads, and keeps the seeds of each training (a list in a closure shapes a key)."""
+
+    def __init__(self):
+        self.train, self.seeds = heads.train_heads, []
+
+    def __call__(self, untrained, *args, **kwargs):
+        self.seeds.append(list(untrained.seeds))
+        return self.train(untrained, *args, **kwargs)
+
+    def __len__(self):
+        return len(self.seeds)
+
+
 @pytest.fixture
-def trainings(monkeypatch) -> list:
+def trainings(monkeypatch) -> Counted:
     """Counts the trainings of heads."""
-    done, train = [], heads.train_heads
-
-    def counted(*args, **kwargs):
-        done.append(kwargs)
-        return train(*args, **kwargs)
-
-    monkeypatch.setattr("tsp_utils.heads.train_heads", counted)
-    return done
+    counted = Counted()
+    monkeypatch.setattr("tsp_utils.head_runs.train_heads", counted)
+    return counted
 
 
 def records(study: Study) -> list[dict]:
@@ -98,6 +106,14 @@ def test_settings_that_no_profile_names_are_the_papers():
     ("tiny n_seeds=[", "override n_seeds=. cannot be read"),
     ("tiny entropy_weight=-1", "entropy_weight is -1; pass a number of at least 0"),
     ("tiny learning_rate=.nan", "learning_rate is nan"),
+    ("tiny learning_rate=true", "learning_rate is True; pass a number above 0"),
+    ("tiny learning_rate=fast", "learning_rate is 'fast'; pass a number above 0"),
+    ("tiny learning_rate=0", "learning_rate is 0; pass a number above 0"),
+    ("tiny entropy_weight=.inf", "entropy_weight is inf; pass a number of at least 0"),
+    ("tiny row_norm=inf", "row_norm is 'inf'; pass a number of at least 0 or null"),
+    ("tiny min_steps=-1", "min_steps is -1; pass a whole number of at least 0"),
+    ("tiny max_epochs=0 min_steps=0", "nothing would be trained; pass at least 1"),
+    ("tiny n_images=0", "n_images is 0; pass a whole number of at least 1 or null"),
     ("tiny bundled_vectors=maybe", "bundled_vectors is 'maybe'; pass true or false"),
     ("tiny protocol=both", "protocol is 'both'; pass split or all"),
     ("tiny metric=5", "metric is 5; pass cosine or euclidean or inner"),
@@ -110,12 +126,38 @@ def test_bad_settings_are_refused_in_one_sentence(profile, sentence):
     assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
 
 
+@pytest.mark.parametrize("changes, sentence", [
+    (dict(n_seeds=0), "n_seeds is 0; pass a whole number of at least 1"),
+    (dict(entropy_weight=float("inf")), "entropy_weight is inf; pass a number of at least 0"),
+    (dict(max_epochs=0, min_steps=0), "nothing would be trained; pass at least 1"),
+    (dict(metric="manhattan"), "metric is 'manhattan'; pass cosine or euclidean or inner"),
+    (dict(n_neighbor=5), "no setting 'n_neighbor'; the nearest one is 'n_neighbors'"),
+    (dict(kmeans_only="pixels"), "kmeans_only is 'pixels'; pass names"),
+])
+def test_bad_changes_to_a_study_are_refused_in_one_sentence(changes, sentence):
+    with pytest.raises(ValueError, match=sentence) as refused:
+        replace(load_study("tiny"), **changes)
+    assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
+
+
+def test_a_study_is_its_settings_and_does_not_change():
+    study = load_study("tiny")
+    changed = replace(study, n_seeds=3, max_epochs=0, row_norm=1)
+    assert asdict(changed) == asdict(study) | dict(n_seeds=3, max_epochs=0, row_norm=1.0)
+    assert list(asdict(study)) == [field.name for field in fields(study)] == list(vars(study))
+    assert repr(study).startswith("Study(profile='tiny', datasets=('fashion-mnist',), ")
+    assert replace(changed, n_seeds=2, max_epochs=study.max_epochs, row_norm=None) == study
+    with pytest.raises(FrozenInstanceError):
+        study.n_seeds = 3
+
+
 def test_a_damaged_profile_is_named(tmp_path, monkeypatch):
     (tmp_path / "profiles").mkdir()
     monkeypatch.setattr("tsp_utils.study.REPOSITORY", tmp_path)
     for text, sentence in (("datasets: [a", "mine.yaml cannot be read"),
                            ("- a\n- b\n", "mine.yaml is not"),
                            ("datasets: [a]\nbackbones: [b]\n", "lacks default_backbone, protocol"),
+                           ("datasets: []", r"datasets is \[\]; pass names"),
                            ("datasets: pixels", "datasets is 'pixels'; pass names")):
         (tmp_path / "profiles" / "mine.yaml").write_text(text)
         with pytest.raises(ValueError, match=sentence):
@@ -167,8 +209,11 @@ def test_bundled_vectors_equal_a_fresh_extraction(name):
     fresh = load_backbone(name, device="cpu")(read_images(folder, [paths[i] for i in chosen]))
     stored = load_vectors("cifar10", name)
     assert len(stored.labels) == len(paths) == 10_000 and len(set(stored.labels)) == 10
-    scale = np.abs(stored.features).mean()
-    np.testing.assert_allclose(stored.features[chosen], fresh, rtol=2e-3, atol=2e-3 * scale)
+    # The bundled ones were computed in bfloat16, which this processor may not use; other images'
+    # vectors are a tenth away at least.
+    fresh = fresh.numpy()
+    gaps = np.linalg.norm(stored.features[chosen] - fresh, axis=1)
+    assert (gaps < 0.03 * np.linalg.norm(fresh, axis=1)).all(), gaps
     assert [stored.classes[stored.labels[i]] for i in chosen] == [
         paths[i].split("/")[0] for i in chosen]
 
@@ -181,7 +226,8 @@ def test_a_run_leaves_a_record_and_is_not_trained_twice(tiny, trainings):
     assert len(trainings) == 1
     (record,) = records(tiny)
     assert record["settings"]["n_neighbors"] == 20 and record["settings"]["n"] == 600
-    assert {"dataset", "backbone", "fit", "score", "sources"} <= record["settings"].keys()
+    assert {"dataset", "backbone", "fit"} <= record["settings"].keys()
+    assert record["code"] == code_of_heads()
     (made_with,) = record["made_with"]
     assert {"python", "torch", "scikit-learn", "machine", "device"} <= made_with.keys()
     assert record["seconds"] > 0 and len(record["final_loss"]) == 2
@@ -203,24 +249,18 @@ def test_a_run_leaves_a_record_and_is_not_trained_twice(tiny, trainings):
 
 
 @pytest.mark.parametrize("n_hidden", [None, 8])
-def test_more_seeds_train_only_the_difference_and_fewer_train_none(tiny, monkeypatch, tmp_path,
-                                                                   n_hidden):
-    settings, trained, train = dict(n_hidden=n_hidden), [], heads.train_heads
-
-    def noted(untrained, *args, **kwargs):
-        trained.append(list(untrained.seeds))
-        return train(untrained, *args, **kwargs)
-
-    monkeypatch.setattr("tsp_utils.heads.train_heads", noted)
+def test_more_seeds_train_only_the_difference_and_fewer_train_none(tiny, trainings, monkeypatch,
+                                                                   tmp_path, n_hidden):
+    settings = dict(n_hidden=n_hidden)
     tiny.train("fashion-mnist", "pixels", n_seeds=2, **settings)
-    monkeypatch.setattr("tsp_utils.head_runs.versions", lambda: {"torch": "a later one"})
+    monkeypatch.setattr("tsp_utils.cache.versions", lambda: {"torch": "a later one"})
     grown = tiny.train("fashion-mnist", "pixels", n_seeds=4, **settings)
     fewer = tiny.train("fashion-mnist", "pixels", n_seeds=3, **settings)
-    assert trained == [[0, 1], [2, 3]]
+    assert trainings.seeds == [[0, 1], [2, 3]]
 
     monkeypatch.setenv("TSP_CACHE", str(tmp_path / "another cache"))
     at_once = tiny.train("fashion-mnist", "pixels", n_seeds=4, **settings)
-    assert trained[2:] == [[0, 1, 2, 3]]
+    assert trainings.seeds[2:] == [[0, 1, 2, 3]]
     for name, array in at_once.heads.state_dict().items():
         torch.testing.assert_close(grown.heads.state_dict()[name], array, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(fewer.heads.state_dict()[name], array[:3], rtol=1e-5, atol=1e-6)
@@ -248,56 +288,32 @@ def test_a_place_that_cannot_be_written_is_named_with_what_would_help(tmp_path, 
         write_json(tmp_path / "other" / "a.json", {})
 
 
-def test_changed_features_or_sources_train_again(tiny, trainings, monkeypatch):
+def test_changed_features_or_code_train_again_and_changed_scores_do_not(tiny, trainings,
+                                                                        monkeypatch):
     found = tiny.features("fashion-mnist", "pixels")
-    run_heads(tiny, found, found)
+    before = run_heads(tiny, found, found)
     moved = replace(found, features=found.features + np.float32(1e-3))
     run_heads(tiny, moved, moved)
     assert len(trainings) == 2
-    monkeypatch.setattr("tsp_utils.head_runs.source_hash", lambda modules=None: "other")
-    run_heads(tiny, found, found)
+    few = replace(found, features=found.features[:50], labels=found.labels[:50])
+    run_heads(replace(tiny, protocol="split"), found, few)
+    run_heads(tiny, replace(found, labels=np.roll(found.labels, 1)), found)
+    assert len(trainings) == 2  # what is scored shapes no head, nor do labels
+    loss = losses.tsp_loss
+    monkeypatch.setattr(losses, "tsp_loss", lambda a, b, entropy_weight: loss(a, b, 10.0))
+    after = run_heads(tiny, found, found)
     assert len(trainings) == 3
+    assert not np.allclose(after.curves["loss"], before.curves["loss"])
 
 
-def test_comments_and_docstrings_do_not_count_as_code_and_all_else_does(tmp_path, monkeypatch):
-    source = '''"""A module."""
-
-# why
-X = "# no comment"  # but this is
-
-
-def f(a):
-    """One line.
-
-    # and more
-    """
-    b = """text, no docstring"""
-    return f"{a}#{b}"
-'''
-    assert code_alone(source) == ('X = "# no comment"\n'
-                                  "def f(a):\n"
-                                  '    b = """text, no docstring"""\n'
-                                  '    return f"{a}#{b}"')
-    monkeypatch.setattr("tsp_utils.head_runs.PACKAGE", tmp_path)
-
-    def hash_of(text: str) -> str:
-        (tmp_path / "module.py").write_text(text, encoding="utf-8")
-        return source_hash(("module",))
-
-    assert hash_of(source.replace("One line", "Another line — with a dash")) == hash_of(source)
-    for old, new in (("text, no", "Text, no"), ("#{b}", "# {b}"), ("# no comment", "# comment")):
-        assert hash_of(source.replace(old, new)) != hash_of(source)
-
-
-def test_what_is_left_of_every_module_does_the_same():
-    """Its syntax tree is the module's, less the docstrings."""
-    for path in sorted(PACKAGE.glob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        tree = ast.parse(source)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                node.body = node.body[ast.get_docstring(node) is not None:]
-        assert ast.dump(ast.parse(code_alone(source))) == ast.dump(tree), path.name
+def test_n_clusters_is_the_number_of_distinct_labels(tiny):
+    """{0, 5, 10, 15} are four classes, and were sixteen clusters."""
+    found = tiny.features("fashion-mnist", "pixels")
+    gaps = replace(found, labels=5 * (found.labels % 4))
+    run = run_heads(tiny, gaps, gaps)
+    assert gaps.n_clusters == 4 and run.centers.shape[1] == 4
+    assert run.head_clusters(found.features).max() <= 3
+    assert run.settings["n_clusters"] == 4
 
 
 def test_a_damaged_cache_is_trained_again(tiny, trainings):
@@ -389,6 +405,15 @@ def test_seeds_of_a_verdict_are_those_of_the_rules_where_the_profile_wants_them(
     assert load_study("small").full_seeds and not load_study("offline").full_seeds
 
 
+def test_keys_hold_what_shapes_a_head_and_no_more(tiny, trainings):
+    """Settings of the profile, of maps, of other claims: no head is trained again for these."""
+    tiny.train("fashion-mnist", "pixels")
+    for changes in (dict(umap_points=7), dict(full_seeds=True), dict(default_backbone="x"),
+                    dict(vit_and_resnet=("a", "b")), dict(kmeans_only=("y",))):
+        tiny.train("fashion-mnist", "pixels", **changes)
+    assert len(trainings) == 1
+
+
 def test_a_first_image_that_is_black_does_not_spoil_the_scale(tiny):
     found = tiny.features("fashion-mnist", "pixels")
     features = np.array(found.features)
@@ -427,7 +452,7 @@ def test_a_full_cache_is_one_sentence_and_leaves_nothing(tiny, monkeypatch):
     with pytest.raises(OSError, match=r"No space left on device.*TSP_CACHE") as refused:
         run_heads(tiny, found, found)
     assert "\n" not in str(refused.value)
-    assert not list((Path(os.environ["TSP_CACHE"]) / "heads").iterdir())
+    assert not list(Path(os.environ["TSP_CACHE"]).rglob("heads/*.npz"))
     assert not tiny.run_dir.exists()
 
 

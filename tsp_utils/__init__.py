@@ -16,7 +16,7 @@ _HOME = {
         "label_consistency", "knn_accuracy",
     ],
     "losses": ["tsp_loss"],
-    "heads": ["LinearHeads", "scale_features", "init_heads", "train_heads", "kmeans"],
+    "heads": ["LinearHeads", "Scaler", "scale_features", "init_heads", "train_heads", "kmeans"],
     "estimator": ["TSPClustering"],
     "metrics": ["clustering_metrics", "confusion", "match_clusters"],
     "claims": [

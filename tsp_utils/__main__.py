@@ -4,6 +4,8 @@ Standard library only until the environment is known to be there, so that a bare
 """
 
 import argparse
+import math
+import shutil
 import sys
 import time
 
@@ -137,9 +139,32 @@ def run_folder(args) -> str:
 
 
 def report(steps) -> None:
-    start = time.perf_counter()
-    for name, what, seconds in steps:
-        print(f"{name:28s} {what:20s} {seconds:6.0f} s", flush=True)
+    """Print a line where a notebook starts and where it ends, and between them how far it is.
+
+    On a terminal the last is one line, written again and again; elsewhere a line of each notebook
+    ten seconds later where it has come further, a minute later where it has not.
+    """
+    from tsp_utils.run import Step
+    start, terminal = time.perf_counter(), sys.stdout.isatty()
+    clear = "\r\x1b[K" if terminal else ""
+    running, said = {}, {}
+    try:
+        for step in (Step(*step) for step in steps):
+            running.pop(step.name, None)
+            if not step.ended:
+                running[step.name] = step
+            now, (at, what) = time.perf_counter(), said.get(step.name, (-math.inf, ""))
+            late = not terminal and now >= at + (60 if step.what == what else 10)
+            if step.ended or step.name not in said or late:
+                seconds = f" {step.seconds:6.0f} s" if step.ended or step.seconds else ""
+                print(f"{clear}{step.name:28s} {step.what:20s}{seconds}".rstrip(), flush=True)
+                said[step.name] = now, step.what
+            if terminal:
+                far = " | ".join(f"{step.name}: {step.what}, {step.seconds:.0f} s"
+                                 for step in running.values())
+                print(clear + far[:shutil.get_terminal_size().columns - 1], end="", flush=True)
+    finally:
+        print(clear, end="", flush=True)
     print(f"{'all':28s} {'':20s} {time.perf_counter() - start:6.0f} s")
 
 

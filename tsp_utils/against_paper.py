@@ -6,7 +6,7 @@ import math
 import pandas as pd
 from scipy import stats
 
-from tsp_utils.head_runs import CORE, source_hash, summarise
+from tsp_utils.head_runs import code_of_heads, summarise
 from tsp_utils.published import TABLE_1
 
 ROWS = {
@@ -29,14 +29,14 @@ def table_1(study) -> pd.DataFrame:
     Raises FileNotFoundError where a pair has no record of this study's settings, ValueError where
     it only has one of other library sources; both name the pairs.
     """
-    newest, stale = {}, set()
+    newest, stale, code = {}, set(), code_of_heads()
     for path in sorted((study.run_dir / "records").glob("*.json")):
         record = json.loads(path.read_text())
         settings = record["settings"]
         if any(settings[key] != value for key, value in vars(study).items() if key in settings):
             continue
         pair = settings["dataset"], settings["backbone"]
-        if settings["sources"] != source_hash(CORE):
+        if record.get("code") != code:
             stale.add(pair)
         elif pair not in newest or settings["n"] > newest[pair]["settings"]["n"]:
             newest[pair] = record  # all images, not the ten thousand of the ablations

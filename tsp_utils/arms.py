@@ -25,9 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
 from tsp_utils.backbones import gains_from_bf16
+from tsp_utils.cache import code_of, versions
 from tsp_utils.datasets import load_dataset
 from tsp_utils.feature_sets import draw_rows, spread_rows
-from tsp_utils.head_runs import source_hash, versions
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.paths import runs_dir, write_json, write_whole
 from tsp_utils.pretrain import Dino, DinoRecipe, Network, pretrain_dino
@@ -174,7 +174,7 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
     first = n_processes == 1 or dist.get_rank() == 0
     folder = Path(out_dir) if out_dir else runs_dir() / "pretrain" / name
     folder.mkdir(parents=True, exist_ok=True)
-    images, code = arm_images(arm), source_hash(("pretrain", "multi_crop"))
+    images, code = arm_images(arm), code_of(pretrain_dino, Dino, Network)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if gains_from_bf16(torch.device(device)) else torch.float32
     if device == "cpu" and "_cpu" not in name:

@@ -7,15 +7,10 @@ from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 
+from tsp_utils import cache
 from tsp_utils.feature_sets import FeatureSet
-from tsp_utils.head_runs import (
-    cached_arrays,
-    scalar_between,
-    score_clusters,
-    settings_of,
-    source_hash,
-)
-from tsp_utils.heads import scale_features
+from tsp_utils.head_runs import score_clusters
+from tsp_utils.heads import Scaler, scale_features
 
 # C3 wants the strongest of these; one start is what starts the head.
 KMEANS = ("K-means, one start", "K-means, 20 starts", "K-means, unit length",
@@ -38,22 +33,20 @@ def run_baseline(study, fit: FeatureSet, score: FeatureSet, method: str) -> pd.D
     if method == SPECTRAL and score.fingerprint != fit.fingerprint:
         raise ValueError("Spectral clustering only clusters the images that it is fitted on; pass "
                          "the same feature set as fit and score.")
-    settings = settings_of(study, fit) | dict(method=method, score=score.fingerprint,
-                                              clusterers=source_hash(("baselines",)))
-    needed = ("n_seeds", "dataset", "backbone", "n_clusters", "fit", "sources", "method", "score",
-              "clusterers")
+    scaler = Scaler().fit(fit.features)
+    fitted, scored = scaler.transform(fit.features), scaler.transform(score.features)
 
-    def make() -> dict:
-        fitted = scale_features(fit.features)
-        scored = score.features * np.float32(scalar_between(fit.features, fitted))
+    def make(seeds) -> dict:
         with joblib.parallel_config("loky", inner_max_num_threads=1):
             return {"clusters": np.stack(joblib.Parallel(n_jobs=joblib.cpu_count())(
-                joblib.delayed(_clusters)(method, fitted, scored, settings["n_clusters"], seed)
-                for seed in study.seeds)).astype(np.int16)}
+                joblib.delayed(_clusters)(method, fitted, scored, fit.n_clusters, seed)
+                for seed in seeds)).astype(np.int16)}
 
-    clusters = cached_arrays(fit, {name: settings[name] for name in needed}, "clusters", make)
-    return score_clusters(study, fit, score, {method: lambda _: clusters["clusters"]},
-                          only="test")
+    arrays, _ = cache.seeds(
+        "clusterers", f"{fit.dataset}_{fit.backbone}",
+        {"method": method, "n_clusters": fit.n_clusters, "fit": fit, "score": score},
+        [_clusters, Scaler.fit, Scaler.transform], study.seeds, make)
+    return score_clusters(study, fit, score, {method: lambda _: arrays["clusters"]}, only="test")
 
 
 def _clusters(method: str, fitted, scored, n_clusters: int, seed: int) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import tempfile
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -78,13 +80,12 @@ def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "patc
     made_here = _check_out(folder, out, force)
     try:
         found = cluster_images(folder, paths, n_clusters, backbone, seed, **settings)
+        found.made["out"] = str(out)
         write_csv(found, out / "clusters.csv")
         page = report(found).encode("utf-8", "backslashreplace")
         write_whole(out / "report.html", lambda file: file.write(page))
     except BaseException:
-        for made in made_here:  # only folders that are still empty can be removed
-            if made.exists() and not any(made.iterdir()):
-                made.rmdir()
+        _remove_empty(made_here)
         raise
     return out
 
@@ -171,19 +172,32 @@ def _check_out(folder: Path, out: Path, force: bool) -> list[Path]:
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{out} lies in the folder of the images, which is not to be changed: "
                          f"pass another folder as --out.")
-    there = [out / name for name in ("clusters.csv", "report.html") if (out / name).exists()]
-    if there and not force:
-        raise FileExistsError(f"{there[0]} is there already: pass --force to replace it, or "
-                              f"another folder as --out.")
-    new = [path for path in (out, *out.parents) if not path.exists()]
+    there = [out / name for name in ("clusters.csv", "report.html")
+             if os.path.lexists(out / name)]  # a link that leads nowhere is somebody's, too
+    for path in there:
+        if path.is_dir():
+            raise FileExistsError(f"{path} is a folder, where a file would be written: pass "
+                                  f"another folder as --out.")
+        if not force:
+            raise FileExistsError(f"{path} is there already: pass --force to replace it, or "
+                                  f"another folder as --out.")
+    new = [path for path in (out, *out.parents) if not os.path.exists(path)]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
+        with tempfile.TemporaryFile(dir=out):  # under a name that nobody has
+            pass
     except OSError as error:
+        _remove_empty(new)
         raise OSError(f"{out} cannot be written ({error.strerror}): pass another folder as "
                       f"--out.") from None
     return new
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders that were made here, the inner one first, where they are still empty."""
+    for folder in folders:
+        if os.path.isdir(folder) and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _unreadable(dataset: ImageDataset) -> dict[str, str]:

@@ -3,21 +3,21 @@
 Many pretraining seeds an arm, at equal patches seen. Labels are read by the read-outs alone.
 """
 
-import json
 import logging
 import time
 from pathlib import Path
 
 import torch
 
+from tsp_utils import cache
 from tsp_utils.arms import ARMS, arm_images, hardware
 from tsp_utils.backbones import BACKBONES, Backbone
+from tsp_utils.cache import versions
 from tsp_utils.datasets import load_dataset
 from tsp_utils.feature_sets import FeatureSet
 from tsp_utils.features import extract_features
-from tsp_utils.head_runs import CORE, source_hash, versions
-from tsp_utils.patch_kmeans import learn_patch_kmeans
-from tsp_utils.paths import bundled_dir, runs_dir, write_json
+from tsp_utils.patch_kmeans import PatchKMeans, learn_patch_kmeans
+from tsp_utils.paths import bundled_dir, write_lines
 from tsp_utils.readouts import read_out
 
 logger = logging.getLogger(__name__)
@@ -45,41 +45,31 @@ def learn_dictionary_arms(n_seeds: int = 10, n_heads: int = 5) -> Path:
     Needs both data sets; 36 minutes on one core, resumed dictionary by dictionary. Returns the path
     of the records.
     """
-    code, target = source_hash((*CORE, "patch_kmeans")), load_dataset("cifar10", "test")
-    records = []
+    target, records = load_dataset("cifar10", "test"), []
     for name, (twin, fewer) in DICTIONARY_ARMS.items():
-        images = None
         for seed in range(n_seeds):
             settings = SETTINGS | dict(n_patches=SETTINGS["n_patches"] // fewer, seed=seed)
-            path = runs_dir() / "pretrain" / "dictionaries" / f"{name}_{seed}.json".replace(" ", "")
             wanted = {"arm": name, "source": ARMS[twin].source, "settings": settings,
-                      "n_heads": n_heads, "code": code}
-            record = stored_record(path, wanted)
-            if record is None:
-                images = arm_images(ARMS[twin]) if images is None else images
-                start = time.perf_counter()
-                network = learn_patch_kmeans(images, **settings)
-                backbone = Backbone(BACKBONES["patch_kmeans"], network, torch.device("cpu"),
-                                    torch.float32)
-                found = FeatureSet("cifar10", "test", f"dictionary {name} {seed}",
-                                   extract_features(backbone, target.images), target.labels,
-                                   target.classes)
-                record = wanted | read_out(found, n_heads) | {
-                    "seconds": round(time.perf_counter() - start, 1), "hardware": hardware("cpu"),
-                    "versions": versions()}
-                write_json(path, record)
-                logger.info("%s, seed %d: %.1f s", name, seed, record["seconds"])
-            records.append(record)
-    out = readouts_path()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
-    return out
+                      "n_heads": n_heads, "code": code_of_the_arms()}
+            records.append(wanted | cache.record(
+                "records", f"dictionary {name} {seed}", wanted, [],
+                lambda wanted=wanted, twin=twin: _learn_and_read_out(wanted, twin, target)))
+            logger.info("%s, seed %d: %.1f s", name, seed, records[-1]["seconds"])
+    return write_lines(readouts_path(), records)
 
 
-def stored_record(path: Path, wanted: dict) -> dict | None:
-    """A record of exactly these settings and sources, or None."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return record if all(record.get(key) == value for key, value in wanted.items()) else None
+def code_of_the_arms() -> str:
+    """The key of the code behind a record."""
+    return cache.code_of(learn_patch_kmeans, PatchKMeans, Backbone, read_out)
+
+
+def _learn_and_read_out(wanted: dict, twin: str, target) -> dict:
+    start = time.perf_counter()
+    network = learn_patch_kmeans(arm_images(ARMS[twin]), **wanted["settings"])
+    backbone = Backbone(BACKBONES["patch_kmeans"], network, torch.device("cpu"), torch.float32)
+    name = f"dictionary {wanted['arm']} {wanted['settings']['seed']}"
+    found = FeatureSet("cifar10", "test", name, extract_features(backbone, target.images),
+                       target.labels, target.classes)
+    return read_out(found, wanted["n_heads"]) | {
+        "seconds": round(time.perf_counter() - start, 1), "hardware": hardware("cpu"),
+        "versions": versions()}

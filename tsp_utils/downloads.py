@@ -20,19 +20,16 @@ def read_published(name: str, kind: str, split: str, root: Path, download: bool)
     import torchvision.datasets
 
     source = getattr(torchvision.datasets, kind)
-    if kind == "FashionMNIST":  # its files have no checksums once unpacked: _read_idx is stricter
-        _fetch(name, source, root, [f"{kind}/raw/{file}" for file in _idx_files(split)], download)
+    checksums = published_files(kind, split)
+    _fetch(name, source, root, list(checksums), download)
+    if kind == "FashionMNIST":
         return *read_idx_pair(root / kind / "raw", split), ()
     folder = root / source.base_folder
-    checksums = dict(source.train_list + source.test_list)
-    if kind != "STL10":
-        checksums[source.meta["filename"]] = source.meta["md5"]
-    _fetch(name, source, root, [f"{source.base_folder}/{f}" for f in checksums], download)
     try:
         data = source(root, split=split) if kind == "STL10" else source(root, split == "train")
     except Exception as error:  # torchvision does not say which file
         check = torchvision.datasets.utils.check_integrity
-        bad = [f for f, md5 in checksums.items() if not check(folder / f, md5)]
+        bad = [Path(f).name for f, md5 in checksums.items() if not check(root / f, md5)]
         raise OSError(
             f"{', '.join(bad) or name} in {folder} is corrupt (not the published checksum): "
             f"delete it and load {name} again to fetch it anew."
@@ -47,6 +44,22 @@ def read_published(name: str, kind: str, split: str, root: Path, download: bool)
         classes = meta["coarse_label_names"]
     images = np.ascontiguousarray(data.data)  # torchvision's is a view in another order
     return images, np.array(labels, dtype=np.int64), tuple(classes)
+
+
+def published_files(kind: str, split: str) -> dict[str, str | None]:
+    """Name under the root -> MD5 of the files that a split of torchvision's `kind` is read from.
+
+    FashionMNIST's, which may also end in .gz, have none once unpacked: `_read_idx` is stricter.
+    """
+    import torchvision.datasets
+
+    if kind == "FashionMNIST":
+        return {f"{kind}/raw/{file}": None for file in _idx_files(split)}
+    source = getattr(torchvision.datasets, kind)
+    checksums = dict(source.train_list + source.test_list)
+    if kind != "STL10":
+        checksums[source.meta["filename"]] = source.meta["md5"]
+    return {f"{source.base_folder}/{file}": md5 for file, md5 in checksums.items()}
 
 
 def _fetch(name: str, source, root: Path, files: list[str], download: bool):

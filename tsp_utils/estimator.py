@@ -1,7 +1,7 @@
 """TSP as a scikit-learn clusterer: fit on features, predict for more of them."""
 
 import warnings
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -15,7 +15,14 @@ from sklearn.base import (
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from tsp_utils.heads import init_heads, scale_features, train_heads, warn_of_collapse
+from tsp_utils.heads import (
+    Scaler,
+    best_head,
+    check_training,
+    init_heads,
+    train_heads,
+    warn_of_collapse,
+)
 from tsp_utils.neighbors import nearest_neighbors
 
 
@@ -32,7 +39,8 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
     to sqrt(D), folded into coef_; history_, the kept head's curves by name, each [epochs]
     (its last n_nonempty and largest_share: of the finished head on all samples);
     losses_ [n_init], the final losses that it was chosen by; n_features_in_, feature_names_in_.
-    `fit` raises ValueError for fewer than 4 samples, fewer distinct ones than clusters, all-zero X.
+    `fit` raises ValueError for settings that cannot train, fewer than 4 samples, fewer distinct
+    ones than clusters, all-zero X, and where the loss of every head is NaN.
     """
 
     def __init__(self, n_clusters=8, *, n_neighbors=20, n_init=10, init="k-means",
@@ -57,19 +65,12 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             raise ValueError("These are images, and TSPClustering takes features [N, D]; pass "
                              "cached_features(load_backbone(NAME), images).")
         X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=4)
-        for name in ("n_clusters", "n_neighbors", "n_init", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} is {value!r}; pass a whole number of at least 1.")
-        if not self.entropy_weight >= 0:
-            raise ValueError(f"entropy_weight is {self.entropy_weight!r}; pass 0 or more, about 3.")
-        features = scale_features(X)
+        device = self._checked_settings()
+        scaler = Scaler().fit(X)
+        features = scaler.transform(X)
+        neighbors = nearest_neighbors(features, self._usable_neighbors(len(X)), self.metric)
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=self.n_init).tolist()
         heads = init_heads(features, self.n_clusters, seeds, self.init)
-        neighbors = nearest_neighbors(features, self._usable_neighbors(len(X)), self.metric)
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         with warnings.catch_warnings():  # of heads that are not kept nobody needs to hear
             warnings.filterwarnings("ignore", "Collapse", UserWarning)
             curves = train_heads(
@@ -77,11 +78,10 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 max_epochs=self.max_epochs, min_steps=self.min_steps,
                 batch_size=min(self.batch_size, max(32, len(X) // 8)),
                 learning_rate=self.learning_rate, device=device, progress=False).arrays()
-        self.losses_ = curves["loss"][-1]
-        kept = int(self.losses_.argmin())
-        self.history_ = {name: curve[:, kept] for name, curve in curves.items()}
-        longest = int(np.square(X, dtype=np.float64).sum(1).argmax())
-        self.scale_ = float(np.linalg.norm(features[longest]) / np.linalg.norm(X[longest]))
+        self.losses_ = curves["loss"][-1].copy()
+        kept = best_head(self.losses_)
+        self.history_ = {name: curve[:, kept].copy() for name, curve in curves.items()}
+        self.scale_ = scaler.scale_
         self.coef_ = heads.weight[kept].detach().numpy().astype(np.float64) * self.scale_
         self.intercept_ = heads.bias[kept].detach().numpy().astype(np.float64)
         self.labels_ = self._logits(X).argmax(1)
@@ -93,6 +93,29 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         warn_of_collapse({name: curve[:, None] for name, curve in self.history_.items()},
                          [seeds[kept]], self.n_clusters, self.entropy_weight)
         return self
+
+    def _checked_settings(self) -> torch.device:
+        """Raise ValueError for settings that cannot train; the device to train on."""
+        for name, least in (("n_clusters", 1), ("n_neighbors", 1), ("n_init", 1),
+                            ("batch_size", 1), ("max_epochs", 0), ("min_steps", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"{name} is {value!r}; pass a whole number of at least {least}.")
+        for name in ("entropy_weight", "learning_rate"):
+            if not isinstance(value := getattr(self, name), Real):
+                raise ValueError(f"{name} is {value!r}; pass a number.")
+        check_training(self.entropy_weight, self.max_epochs, self.min_steps, self.batch_size,
+                       self.learning_rate)
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device is {self.device!r}; pass auto, cpu or cuda.") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device is {self.device!r}, and torch finds "
+                             f"{torch.cuda.device_count()} GPUs here; pass auto or cpu.")
+        return device
 
     def _usable_neighbors(self, n_samples: int) -> int:
         if self.n_neighbors < n_samples:
@@ -119,4 +142,4 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
     @property
     def _n_features_out(self):
-        return self.n_clusters
+        return len(self.coef_)  # as fitted, whatever set_params said since

@@ -22,8 +22,14 @@ class FeatureSet:
     labels: np.ndarray
     classes: tuple[str, ...]
 
+    @property
+    def n_clusters(self) -> int:
+        """C, assumed known as in every system of this family (Sec. 3.2): the distinct labels."""
+        return len(np.unique(self.labels))
+
     @cached_property
     def fingerprint(self) -> str:
+        """16 hex digits of the vectors, not of the labels."""
         return hashlib.sha256(np.ascontiguousarray(self.features)).hexdigest()[:16]
 
 

@@ -64,7 +64,7 @@ def finetune(backbone, head: LinearHeads, images: np.ndarray, *, scale: float = 
                 x = torch.from_numpy(features[rows.reshape(-1)]).to(network.device)
             mine, others = head(x)[0].split(batch_size)  # [B, C] each
             adam.zero_grad(set_to_none=True)
-            tsp_loss(mine, others, entropy_weight).backward()
+            tsp_loss(mine, others, entropy_weight)[0].backward()
             adam.step()
         if callback is not None:
             callback(epoch, network, head)

@@ -5,7 +5,6 @@ tokens are kept: several times cheaper than `finetune`, which C7 uses for the wh
 """
 
 import copy
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -15,20 +14,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from tsp_utils import cache
 from tsp_utils.arms import attention, hardware
 from tsp_utils.backbones import Backbone, load_backbone
+from tsp_utils.cache import versions
 from tsp_utils.datasets import load_dataset
-from tsp_utils.dictionary_arms import stored_record
 from tsp_utils.feature_sets import draw_rows
 from tsp_utils.finetuning_runs import N_IMAGES, N_SEEDS
-from tsp_utils.head_runs import CORE, scalar_between, source_hash, versions
-from tsp_utils.heads import LinearHeads, draw_pairs, kmeans, scale_features
+from tsp_utils.heads import LinearHeads, Scaler, draw_pairs, kmeans
+from tsp_utils.icbpl import ICBPLHeads
 from tsp_utils.losses import tsp_loss
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.multi_crop import random_colors, random_crops
 from tsp_utils.neighbors import label_consistency, nearest_neighbors, neighbor_weights
-from tsp_utils.paths import bundled_dir, runs_dir, write_json
-from tsp_utils.rivals import train_rival
+from tsp_utils.paths import bundled_dir, write_lines
+from tsp_utils.rivals import RIVALS, train_rival
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class LastBlocks(nn.Module):
 
 def tsp_of(head, x, neighbor_x, view_x, progress):
     """Eq. 5 on features [1, B, D]: TSP has no views."""
-    return tsp_loss(head(x), head(neighbor_x))
+    return tsp_loss(head(x), head(neighbor_x))[0]
 
 
 def icbpl_of(head, x, neighbor_x, view_x, progress):
@@ -181,32 +181,37 @@ def run_finetuning_map(backbone_name: str = "vit_nano_cpu", runs=None) -> Path:
     source = source.subset(draw_rows(len(source), N_IMAGES)).images
     raw = LastBlocks(backbone, 0)
     raw = raw.features(raw.tokens(backbone.prepare(images.images)))
-    scaled = scale_features(raw)
-    starts = starting_heads(scaled, len(images.classes))
-    scale = scalar_between(raw, scaled)
-    code = source_hash((*CORE, "rivals", "icbpl", "finetuning_map"))
+    scaler = Scaler().fit(raw)
+    starts = starting_heads(scaler.transform(raw), len(images.classes))
     records, entering = [], {}
     for loss, n_blocks, rate, with_source, n_seeds in runs:
         for seed in range(n_seeds):
             wanted = dict(loss=loss, n_blocks=n_blocks, learning_rate=rate, source=with_source,
                           seed=seed, backbone=backbone_name, target="cifar10", n_images=N_IMAGES,
-                          code=code)
-            name = f"{loss}_{n_blocks}_{rate:g}_{'source' if with_source else 'target'}_{seed}"
-            path = runs_dir() / "finetuning_map" / f"{name}.json"
-            record = stored_record(path, wanted)
-            if record is None:
-                tail = LastBlocks(backbone, n_blocks)
-                if (n_blocks, with_source) not in entering:
-                    entering = {(n_blocks, with_source): _tokens(
-                        tail, np.concatenate([images.images, source]) if with_source
-                        else images.images, test.images)}
-                record = wanted | _run(tail, copy.deepcopy(starts[loss][seed]), test.labels, loss,
-                                       scale, rate, *entering[n_blocks, with_source])
-                write_json(path, record)
-                logger.info("%s: %s", name, record["epochs"][-1])
-            records.append(record)
-    records_path().write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
-    return records_path()
+                          code=code_of_the_map())
+
+            def make(loss=loss, place=(n_blocks, with_source), seed=seed, rate=rate) -> dict:
+                tail = LastBlocks(backbone, place[0])
+                if place not in entering:
+                    entering.clear()  # gigabytes
+                    entering[place] = _tokens(
+                        tail, np.concatenate([images.images, source]) if place[1]
+                        else images.images, test.images)
+                return _run(tail, copy.deepcopy(starts[loss][seed]), test.labels, loss,
+                            scaler.scale_, rate, *entering[place])
+
+            where = "source" if with_source else "target"
+            name = f"map {loss} {n_blocks} {rate:g} {where} {seed}"
+            records.append(wanted | cache.record("records", name, wanted, [], make))
+            logger.info("%s: %s", name, records[-1]["epochs"][-1])
+    return write_lines(records_path(), records)
+
+
+def code_of_the_map() -> str:
+    """The key of the code behind a record."""
+    return cache.code_of(finetune_last_blocks, starting_heads, _of_seed, _tokens, _run, LastBlocks,
+                         *LOSSES.values(), RIVALS["tsp"].loss, ICBPLHeads, Backbone,
+                         Scaler.fit, Scaler.transform)
 
 
 def starting_heads(scaled: np.ndarray, n_clusters: int) -> dict[str, list]:

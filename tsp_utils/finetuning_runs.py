@@ -3,7 +3,6 @@
 Labels are read by the read-outs alone. Notebook 06 draws the committed records.
 """
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -12,18 +11,18 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from tsp_utils import cache
 from tsp_utils.arms import attention, hardware
-from tsp_utils.backbones import load_backbone
+from tsp_utils.backbones import Backbone, load_backbone
+from tsp_utils.cache import versions
 from tsp_utils.datasets import ImageDataset, load_dataset
-from tsp_utils.dictionary_arms import stored_record
 from tsp_utils.feature_sets import draw_rows
 from tsp_utils.features import extract_features
 from tsp_utils.finetune import finetune
-from tsp_utils.head_runs import CORE, scalar_between, source_hash, versions
-from tsp_utils.heads import LinearHeads, init_heads, kmeans, scale_features, train_heads
+from tsp_utils.heads import LinearHeads, Scaler, init_heads, kmeans, train_heads
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.neighbors import label_consistency, nearest_neighbors
-from tsp_utils.paths import bundled_dir, runs_dir, write_json
+from tsp_utils.paths import bundled_dir, write_lines
 
 logger = logging.getLogger(__name__)
 
@@ -60,27 +59,30 @@ def run_finetuning(backbone_name: str = "vit_nano_cpu") -> Path:
     target, test = load_dataset("cifar10", "train"), load_dataset("cifar10", "test")
     target = target.subset(draw_rows(len(target), N_IMAGES))
     features = extract_features(backbone, target.images, progress=False)
-    scaled = scale_features(features)
-    scale = scalar_between(features, scaled)
-    starts = _starting_heads(scaled, len(target.classes))
-    records, code = [], source_hash((*CORE, "finetune"))
+    scaler = Scaler().fit(features)
+    starts, records = _starting_heads(scaler.transform(features), len(target.classes)), []
     for variant, (n_seeds, options) in VARIANTS.items():
         for seed in range(n_seeds):
-            path = runs_dir() / "finetuning" / f"{variant}_{seed}.json".replace(" ", "")
             wanted = {"variant": variant, "seed": seed, "backbone": backbone_name,
-                      "target": "cifar10", "n_images": N_IMAGES, "options": options, "code": code}
-            record = stored_record(path, wanted)
-            if record is None:
+                      "target": "cifar10", "n_images": N_IMAGES, "options": options,
+                      "code": code_of_the_runs()}
+
+            def make(variant=variant, seed=seed, options=options) -> dict:
                 images = target.images
                 if variant == SOURCE_TOO:
                     images = np.concatenate([images, _source_images()])
-                record = wanted | _run(backbone, starts, seed, images, test, scale, options,
-                                       keep_map=variant == "1e-4" and seed == 0)
-                write_json(path, record)
-                logger.info("%s, seed %d: %s", variant, seed, record["epochs"][-1])
-            records.append(record)
-    records_path().write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
-    return records_path()
+                return _run(backbone, starts, seed, images, test, scaler.scale_, options,
+                            keep_map=variant == "1e-4" and seed == 0)
+
+            name = f"finetuning {variant} {seed}"
+            records.append(wanted | cache.record("records", name, wanted, [], make))
+            logger.info("%s, seed %d: %s", variant, seed, records[-1]["epochs"][-1])
+    return write_lines(records_path(), records)
+
+
+def code_of_the_runs() -> str:
+    """The key of the code behind a record."""
+    return cache.code_of(finetune, _starting_heads, _run, Backbone, Scaler.fit, Scaler.transform)
 
 
 def _source_images() -> np.ndarray:

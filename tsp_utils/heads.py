@@ -1,44 +1,83 @@
 """The clustering head: one linear layer and a softmax, many seeds trained at once."""
 
+import functools
 import logging
 import math
 import time
 import warnings
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass
 
 import joblib
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, kmeans_plusplus
 from torch import nn
 from tqdm.auto import tqdm
 
-from tsp_utils.losses import log_probabilities, loss_terms
+from tsp_utils import losses
+from tsp_utils.losses import log_probabilities
 from tsp_utils.neighbors import Neighbors, check_finite, neighbor_weights
 
 logger = logging.getLogger(__name__)
 
+SCALINGS = ("mean-norm", "raw", "l2")
+
+
+class Scaler:
+    """Features as K-means, neighbours and heads receive them; learned from the fitted ones.
+
+    "mean-norm" multiplies all by ONE scalar, `scale_`, so that the mean norm of the fitted features
+    is sqrt(D): the geometry is the backbone's, and a learning rate means the same for every
+    backbone. "raw" leaves them, "l2" makes each vector sqrt(D) long (`scale_` is 1 for both).
+    """
+
+    def __init__(self, scaling: str = "mean-norm"):
+        if scaling not in SCALINGS:
+            raise ValueError(f"The scaling {scaling!r} is not known; pass {', '.join(SCALINGS)}.")
+        self.scaling = scaling
+
+    def fit(self, features: np.ndarray) -> "Scaler":
+        """Learn `scale_` from features [N, D]. Raises ValueError for none, all-zero or non-finite
+        ones."""
+        features = np.asarray(features)
+        if features.ndim != 2 or not len(features):
+            raise ValueError(f"Features are a table [N, D] of at least one row, and these have the "
+                             f"shape {features.shape}.")
+        check_finite(features)
+        norms = _norms(features)
+        if norms.max() == 0:
+            raise ValueError("All features are 0, so there is nothing to cluster; check the "
+                             "images.")
+        self.scale_ = (math.sqrt(features.shape[1]) / float(norms.mean())
+                       if self.scaling == "mean-norm" else 1.0)
+        return self
+
+    def transform(self, features: np.ndarray) -> np.ndarray:
+        """Features [N, D] scaled, a float32 array of its own [N, D]."""
+        features = np.asarray(features)
+        check_finite(features)
+        if self.scaling == "l2":
+            factor = math.sqrt(features.shape[1]) / np.maximum(_norms(features), 1e-300)[:, None]
+        else:
+            factor = self.scale_
+        # In float64 only where float32 cannot hold the features or the factor: it doubles the time.
+        fits = features.dtype == np.float32 and np.all((factor > 1e-30) & (factor < 1e30))
+        wide = features if fits else features.astype(np.float64)
+        return np.asarray(wide * np.asarray(factor, wide.dtype), np.float32)
+
+
+def _norms(features: np.ndarray) -> np.ndarray:
+    """Lengths of the rows, float64 [N]."""
+    largest = max(float(features.max()), -float(features.min()))
+    if not 1e-100 < largest < 1e100 and largest:  # whose square float64 cannot hold
+        return largest * _norms(features / largest)
+    return np.sqrt(np.einsum("nd,nd->n", features, features, dtype=np.float64))
+
 
 def scale_features(features: np.ndarray, scaling: str = "mean-norm") -> np.ndarray:
-    """Features [N, D] as K-means, neighbours and heads receive them, float32 [N, D].
-
-    "mean-norm" divides all by ONE scalar so that the mean norm is sqrt(D): the geometry is the
-    backbone's, and a learning rate means the same for every backbone. "raw" leaves them, "l2" makes
-    each vector sqrt(D) long. Raises ValueError for all-zero features and unknown scalings.
-    """
-    features = np.asarray(features, np.float32)
-    check_finite(features)
-    norms = np.linalg.norm(features, axis=1)
-    if norms.max() == 0:
-        raise ValueError("All features are 0, so there is nothing to cluster; check the images.")
-    target = math.sqrt(features.shape[1])
-    if scaling == "mean-norm":
-        return features * np.float32(target / norms.mean())
-    if scaling == "l2":
-        return features * (target / np.maximum(norms, 1e-12))[:, None].astype(np.float32)
-    if scaling == "raw":
-        return features
-    raise ValueError(f"The scaling {scaling!r} is not known; pass mean-norm, raw or l2.")
+    """`Scaler`, fitted on the features [N, D] that it transforms; float32 [N, D]."""
+    return Scaler(scaling).fit(features).transform(features)
 
 
 @dataclass(frozen=True)
@@ -51,9 +90,11 @@ class KMeansRuns:
     seeds: tuple[int, ...]
 
 
-def kmeans(features: np.ndarray, n_clusters: int, seeds, n_init: int = 1) -> KMeansRuns:
+def kmeans(features: np.ndarray, n_clusters: int, seeds, n_init: int = 1,
+           device: str = "cpu") -> KMeansRuns:
     """scikit-learn's K-means (k-means++ start, Lloyd), once a seed; features [N, D].
 
+    On another device than the CPU the start is scikit-learn's and the iterations are torch's.
     Raises ValueError for fewer samples, or fewer distinct samples, than clusters.
     """
     if len(features) < n_clusters:
@@ -67,6 +108,8 @@ def kmeans(features: np.ndarray, n_clusters: int, seeds, n_init: int = 1) -> KMe
         raise ValueError(f"The {len(features)} samples hold only {len(distinct)} distinct feature "
                          f"vectors, fewer than the {n_clusters} clusters asked for; remove "
                          f"duplicates or pass a smaller n_clusters.")
+    if device != "cpu":
+        return _kmeans_on(device, features, n_clusters, seeds, n_init)
     # One thread a run: two runs side by side end sooner than one run on two threads.
     work = features.size * n_init * len(seeds)
     with joblib.parallel_config("loky", inner_max_num_threads=1):
@@ -76,6 +119,41 @@ def kmeans(features: np.ndarray, n_clusters: int, seeds, n_init: int = 1) -> KMe
     return KMeansRuns(np.stack([run.cluster_centers_ for run in runs]),
                       np.stack([run.labels_ for run in runs]).astype(np.int64),
                       np.array([run.inertia_ for run in runs]), tuple(seeds))
+
+
+def _kmeans_on(device: str, features, n_clusters: int, seeds, n_init: int) -> KMeansRuns:
+    x, found = torch.as_tensor(np.asarray(features, np.float32), device=device), []
+    tolerance = 1e-4 * float(x.var(0, correction=0).mean())  # scikit-learn's
+    for seed in seeds:
+        state, runs = np.random.RandomState(seed), []
+        for _ in range(n_init):
+            centers, _ = kmeans_plusplus(features, n_clusters, random_state=state)
+            runs.append(_lloyd(x, torch.as_tensor(centers, device=device), tolerance))
+        found.append(min(runs, key=lambda run: run[2]))
+    return KMeansRuns(*(np.stack([run[part] for run in found]) for part in range(3)), tuple(seeds))
+
+
+def _lloyd(x: torch.Tensor, centers: torch.Tensor, tolerance: float, max_iter: int = 300):
+    """Lloyd's iterations from centers [C, D] -> centers, clusters [N], inertia, as numpy.
+
+    A cluster that is left without samples takes the sample farthest from its centre.
+    """
+    squares = x.square().sum(1)
+    for _ in range(max_iter):
+        distances = centers.square().sum(1) - 2 * x @ centers.T  # [N, C], less ||x||^2
+        nearest, clusters = distances.min(1)
+        sizes = torch.bincount(clusters, minlength=len(centers))
+        moved = torch.zeros_like(centers).index_add_(0, clusters, x)
+        moved /= sizes.clamp_min(1)[:, None]
+        empty = (sizes == 0).nonzero()[:, 0]
+        moved[empty] = x[(nearest + squares).topk(len(empty)).indices]
+        shift = (moved - centers).square().sum()
+        centers = moved
+        if shift <= tolerance:
+            break
+    nearest, clusters = (centers.square().sum(1) - 2 * x @ centers.T).min(1)
+    return (centers.cpu().numpy(), clusters.cpu().numpy(),
+            float((nearest + squares).sum(dtype=torch.float64)))
 
 
 class LinearHeads(nn.Module):
@@ -89,15 +167,19 @@ class LinearHeads(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, D] for all heads, or [S, B, D] one batch a head -> logits [S, N or B, C]."""
+        # W x^T, not x W^T: of these skinny products BLAS makes the one two times faster than the
+        # other, and its gradient four times.
         if x.ndim == 2:
-            x = x.expand(len(self.weight), *x.shape)
-        return torch.baddbmm(self.bias[:, None], x, self.weight.transpose(1, 2))
+            flat = torch.addmm(self.bias.flatten()[:, None], self.weight.flatten(0, 1), x.mT)
+            return flat.view(*self.bias.shape, len(x)).mT
+        return torch.baddbmm(self.bias[..., None], self.weight, x.mT).mT
 
     @torch.inference_mode()
     def predict_proba(self, features: np.ndarray) -> np.ndarray:
         """Cluster probabilities float32 [S, N, C] of features [N, D]."""
         x = torch.as_tensor(np.asarray(features, np.float32), device=self.weight.device)
-        return torch.cat([self(rows).softmax(-1) for rows in x.split(8192)], 1).cpu().numpy()
+        return torch.cat([log_probabilities(self(rows)).exp().mT for rows in x.split(8192)],
+                         1).cpu().numpy()
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """The most probable cluster, int64 [S, N]."""
@@ -143,44 +225,48 @@ class MLPHeads(LinearHeads):
         return super().forward(self.hidden(x).relu())
 
 
-@dataclass
+@dataclass(frozen=True)
 class History:
-    """Training curves, each a list over epochs of float [S] (means over the epoch's batches).
+    """Training curves by name, each [E, S] over E epochs and S heads, and the seconds it took.
 
-    entropy is that of the mean prediction over the whole epoch; n_nonempty counts clusters that are
-    somebody's most probable one; largest_share is the largest cluster's share of the samples.
+    loss and the loss's terms (Eq. 5: consistency) are means over the epoch's batches. entropy is
+    that of the mean prediction over the whole epoch (the loss's own is a batch estimate),
+    n_nonempty counts clusters that are somebody's most probable one, largest_share is the largest
+    cluster's share of the samples.
     """
 
-    loss: list = field(default_factory=list)
-    consistency: list = field(default_factory=list)
-    entropy: list = field(default_factory=list)
-    n_nonempty: list = field(default_factory=list)
-    largest_share: list = field(default_factory=list)
-    seconds: float = 0.0
+    curves: dict[str, np.ndarray]
+    seconds: float
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Every curve as [E, S]."""
-        return {name: np.stack(curve) for name, curve in vars(self).items() if name != "seconds"}
+        return self.curves
 
 
-def train_heads(heads: LinearHeads, features: np.ndarray, neighbors: Neighbors, *,
+def train_heads(heads: LinearHeads, features: np.ndarray, neighbors: Neighbors, *, loss=None,
                 weights: np.ndarray | None = None, entropy_weight: float = 3.0,
                 max_epochs: int = 100, min_steps: int = 2000, batch_size: int = 256,
                 learning_rate: float = 1e-4, device: str = "cpu", progress: bool = True,
                 callback=None) -> History:
-    """Train S heads at once on Eq. 5 with Adam, in place; no label is read.
+    """Train S heads at once with Adam, in place; no label is read.
 
-    features float32 [N, D] (as from `scale_features`), neighbors of the same N samples, weights
-    [N, K] (Eq. 4 by default). Each head has its own shuffles and draws one neighbour j ~ P(.|i) per
-    sample and epoch, from its own seed: it is the same head alone or among others. Trains
-    max(max_epochs epochs, min_steps steps) of batches of batch_size; what is left of an epoch's
-    shuffle is dropped. `callback(epoch, heads)` is called after each epoch, for read-outs.
+    features float32 [N, D] (as from `Scaler`), neighbors of the same N samples, weights [N, K]
+    (Eq. 4 by default). loss: None is Eq. 5, `losses.tsp_loss` at entropy_weight; another one takes
+    logits and neighbours' logits [S, B, C] and returns its value [S] and its terms by name, each
+    [S] (entropy_weight is then not used). Each head has its own shuffles and draws one neighbour
+    j ~ P(.|i) per sample and epoch, from its own seed: it is the same head alone or among others.
+    Trains max(max_epochs epochs, min_steps steps) of batches of batch_size; what is left of an
+    epoch's shuffle is dropped. `callback(epoch, heads)` is called after each epoch, for read-outs.
     Settings: Sec. 4.2 of the paper (lambda 3, Adam 1e-4, batch 256, 100 epochs).
+    Raises ValueError for settings that cannot train and for a loss of another contract.
     """
+    check_training(entropy_weight, max_epochs, min_steps, batch_size, learning_rate)
     n, n_seeds, n_clusters = len(features), len(heads.seeds), heads.weight.shape[1]
     if neighbors.indices.shape[0] != n:
         raise ValueError(f"There are {n} feature vectors and neighbours of "
                          f"{neighbors.indices.shape[0]}; search the neighbours of these features.")
+    if loss is None:  # looked up now, so that whoever replaces it trains on the replacement
+        loss = functools.partial(losses.tsp_loss, entropy_weight=entropy_weight)
     batch_size = min(batch_size, n)
     n_steps = n // batch_size
     n_epochs = max(max_epochs, math.ceil(min_steps / n_steps))
@@ -189,37 +275,82 @@ def train_heads(heads: LinearHeads, features: np.ndarray, neighbors: Neighbors, 
     x = torch.as_tensor(np.ascontiguousarray(features, np.float32), device=device)
     heads.to(device)
     batch = x.new_empty(n_seeds * 2 * batch_size, x.shape[1])  # fresh memory a step costs far more
-    adam = torch.optim.Adam(heads.parameters(), lr=learning_rate)
-    history, start = History(), time.perf_counter()
+    adam = torch.optim.Adam(heads.parameters(), lr=learning_rate, fused=True)
+    curves, start = defaultdict(list), time.perf_counter()
     for epoch in tqdm(range(n_epochs), "training heads", disable=not progress, leave=False):
         pairs = np.stack([draw_pairs(rng, neighbors.indices, cumulative, n_steps * batch_size)
                           for rng in draws])  # [S, 2, T * B]
         pairs = torch.from_numpy(pairs).to(device).view(n_seeds, 2, n_steps, batch_size)
-        terms = torch.empty(n_steps, 2, n_seeds)
-        mean_p = torch.zeros(n_seeds, n_clusters, device=device)
-        assigned = torch.zeros(n_seeds, n_clusters, device=device)
+        sums = defaultdict(lambda: x.new_zeros(n_seeds))  # of the loss and its terms
+        mean_p, assigned = x.new_zeros(2, n_seeds, n_clusters)
         for step in range(n_steps):
             rows = pairs[:, :, step].reshape(-1)  # [S * 2B]: samples, then neighbours
             torch.index_select(x, 0, rows, out=batch)
             logits = heads(batch.view(n_seeds, -1, x.shape[1]))  # [S, 2B, C]
-            log_p, log_q = map(log_probabilities, logits.split(batch_size, 1))  # [S, C, B] each
-            consistency, entropy = loss_terms(log_p, log_q)  # [S], [S]
-            heads.zero_grad()
-            (consistency - entropy_weight * entropy).sum().backward()  # heads do not mix
+            own, others = logits.split(batch_size, 1)  # [S, B, C] each
+            found = loss(own, others)
+            value, terms = found if step else _of_the_contract(found, n_seeds)
+            adam.zero_grad()
+            value.sum().backward()  # heads do not mix
             adam.step()
-            with torch.no_grad():
-                terms[step] = torch.stack([consistency, entropy]).cpu()
-                mean_p += log_p.exp().mean(-1) / n_steps
+            with torch.no_grad():  # nothing is read back before the epoch ends: a GPU goes on
+                for name, term in {**terms, "loss": value}.items():
+                    sums[name] += term
+                log_p = log_probabilities(own)  # [S, C, B]
+                mean_p += log_p.exp().mean(-1)
                 best = log_p.max(1).indices  # [S, B]; argmax is slower
                 assigned.scatter_add_(1, best, torch.ones_like(log_p[:, 0]))
-        _write_history(history, terms.numpy(), mean_p.cpu().numpy(), assigned.cpu().numpy(),
-                       entropy_weight)
+        mean_p = (mean_p / n_steps).clamp_min(1e-30)
+        ended = {name: total / n_steps for name, total in sums.items()} | {
+            "entropy": -(mean_p * mean_p.log()).sum(1), "n_nonempty": (assigned > 0).sum(1),
+            "largest_share": assigned.amax(1) / assigned.sum(1)}
+        for name, values in ended.items():
+            curves[name].append(values.cpu().numpy())
         if callback is not None:
             callback(epoch, heads)
-    history.seconds = time.perf_counter() - start
     heads.cpu()
-    warn_of_collapse(history.arrays(), heads.seeds, n_clusters, entropy_weight)
+    history = History({name: np.stack(curve) for name, curve in curves.items()},
+                      time.perf_counter() - start)
+    warn_of_collapse(history.curves, heads.seeds, n_clusters, entropy_weight)
     return history
+
+
+def check_training(entropy_weight: float, max_epochs: int, min_steps: int, batch_size: int,
+                   learning_rate: float) -> None:
+    """Raise ValueError, in one sentence, for settings with which no head can be trained."""
+    if not 0 <= entropy_weight < math.inf:
+        raise ValueError(f"entropy_weight is {entropy_weight!r}; pass 0 or more, about 3.")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is {learning_rate!r}; pass a number above 0, about 1e-4.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; pass 1 or more, about 256.")
+    if min(max_epochs, min_steps) < 0 or max_epochs == min_steps == 0:
+        raise ValueError(f"max_epochs is {max_epochs!r} and min_steps {min_steps!r}, with which "
+                         f"nothing is trained; pass 0 or more of each, and not 0 of both.")
+
+
+def _of_the_contract(found, n_seeds: int):
+    """What a loss returned, where it is a value [S] and terms by name, each [S]."""
+    value, terms = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
+    parts = [value, *terms.values()] if isinstance(terms, dict) else [None]
+    if not all(torch.is_tensor(part) and part.shape == (n_seeds,) for part in parts) or (
+            not value.requires_grad):
+        raise ValueError(f"A loss takes logits and neighbours' logits [S, B, C] and returns its "
+                         f"value [S] and its terms by name, each [S] (here S = {n_seeds}), and "
+                         f"this one did not; write it as losses.tsp_loss is written.")
+    return value, terms
+
+
+def best_head(final_losses) -> int:
+    """The head with the lowest training loss, of losses [S]: chosen without labels.
+
+    Raises ValueError where no loss is a finite number.
+    """
+    finite = np.where(np.isfinite(final_losses), final_losses, np.inf)
+    if not np.isfinite(finite).any():
+        raise ValueError("The loss of every head is no finite number, so that there is none to "
+                         "choose; lower learning_rate.")
+    return int(finite.argmin())
 
 
 def draw_pairs(rng, indices, cumulative, n_pairs: int) -> np.ndarray:
@@ -235,18 +366,11 @@ def draw_pairs(rng, indices, cumulative, n_pairs: int) -> np.ndarray:
     return np.stack([samples, indices[samples, beyond.argmax(1)]])
 
 
-def _write_history(history, terms, mean_p, assigned, entropy_weight) -> None:
-    """terms [T, 2, S] of one epoch, mean prediction [S, C], samples assigned [S, C]."""
-    consistency, entropy = terms.mean(0)
-    history.loss.append(consistency - entropy_weight * entropy)
-    history.consistency.append(consistency)
-    history.entropy.append(-(mean_p * np.log(np.maximum(mean_p, 1e-30))).sum(1))
-    history.n_nonempty.append((assigned > 0).sum(1))
-    history.largest_share.append(assigned.max(1) / assigned.sum(1))
-
-
 def warn_of_collapse(curves, seeds, n_clusters: int, entropy_weight: float) -> None:
     """Warn, with the figures, of every head that ended with unused clusters; curves [E, S]."""
+    for s in np.flatnonzero(~np.isfinite(curves["loss"][-1])):
+        warnings.warn(f"The loss of the head of seed {seeds[s]} is no finite number in the end; "
+                      f"lower learning_rate.", stacklevel=3)
     nonempty, share = curves["n_nonempty"][-1], curves["largest_share"][-1]
     for s in np.flatnonzero(nonempty < n_clusters):
         warnings.warn(

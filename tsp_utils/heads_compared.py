@@ -20,19 +20,13 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from tsp_utils import cache
 from tsp_utils.baselines import KMEANS, MIXTURE, SPECTRAL, run_baseline
+from tsp_utils.cache import find_device, versions
 from tsp_utils.claims import bootstrap_interval, t_interval
 from tsp_utils.feature_sets import FeatureSet
-from tsp_utils.head_runs import (
-    CORE,
-    apply_scaling,
-    cached_arrays,
-    find_device,
-    fit_kmeans,
-    settings_of,
-    source_hash,
-    versions,
-)
+from tsp_utils.head_runs import fit_kmeans
+from tsp_utils.heads import Scaler, best_head
 from tsp_utils.metrics import clustering_metrics, match_clusters
 from tsp_utils.neighbors import nearest_neighbors
 from tsp_utils.paths import bundled_dir, write_json
@@ -53,32 +47,38 @@ ROW_COLUMNS = ("dataset", "backbone", "protocol", "method", "seed", "acc", "nmi"
 MAX_GMM_OPERATIONS = 7e9  # N C D^2, an iteration of full covariances; ten fits: minutes of a core
 
 
+class NotRun(ValueError):
+    """A method that cannot run on these features, with the reason: the others go on."""
+
+
 class FeaturesToCluster:
     """One feature set of a study, scaled, with K-means' centres and neighbours, each made once."""
 
     def __init__(self, study, fit: FeatureSet, score: FeatureSet):
         self.study, self.fit, self.score = study, fit, score
-        self.centers, self.scale = fit_kmeans(study, fit)  # [S, C, D]
-        self.fitted = apply_scaling(fit.features, study.scaling, self.scale)
-        self.scored = apply_scaling(score.features, study.scaling, self.scale)
+        self.centers, self.scaler = fit_kmeans(study, fit)  # [S, C, D]
+        self.fitted = self.scaler.transform(fit.features)
+        self.scored = self.scaler.transform(score.features)
 
     @cached_property
     def neighbors(self):
         return nearest_neighbors(self.fitted, self.study.n_neighbors, self.study.metric)
 
-    def train(self, method: str, n_seeds: int, **settings):
-        """Heads and losses of the first n_seeds seeds, a budget of the study's min_steps."""
-        return train_rival(method, self.fitted, self.neighbors, self.centers[:n_seeds],
-                           range(n_seeds), n_steps=self.study.min_steps,
-                           batch_size=self.study.batch_size, device=find_device(), **settings)
+    def train(self, method: str, seeds, **settings):
+        """Heads and losses of these seeds, a budget of the study's min_steps."""
+        return train_rival(method, self.fitted, self.neighbors, self.centers[list(seeds)], seeds,
+                           n_steps=self.study.min_steps, batch_size=self.study.batch_size,
+                           device=find_device(), **settings)
 
-    def cached(self, what: str, settings: dict, make) -> dict:
-        needed = ("n_seeds", "scaling", "dataset", "backbone", "n_clusters", "fit", "sources",
-                  "n_neighbors", "metric", "min_steps", "batch_size")
-        found = settings_of(self.study, self.fit)
-        key = {name: found[name] for name in needed} | settings | dict(
-            score=self.score.fingerprint, rivals=source_hash(("rivals", "icbpl")))
-        return cached_arrays(self.fit, key, what, make)
+    def cached(self, method: str, settings: dict, seeds, make) -> dict:
+        """Arrays by seed of a method; keyed by settings, fitted features and the method's code."""
+        needed = ("scaling", "n_neighbors", "metric", "min_steps", "batch_size")
+        inputs = {name: getattr(self.study, name) for name in needed} | settings | {
+            "method": method, "n_clusters": self.fit.n_clusters, "fit": self.fit}
+        code = [train_rival, RIVALS[method].loss, RIVALS[method].heads] if method in RIVALS else [
+            _spherical]
+        return cache.seeds("compared", f"{self.fit.dataset}_{self.fit.backbone}_{method}", inputs,
+                           [*code, Scaler.fit, Scaler.transform], seeds, make)[0]
 
 
 def tune(data: FeaturesToCluster, method: str) -> pd.DataFrame:
@@ -87,37 +87,49 @@ def tune(data: FeaturesToCluster, method: str) -> pd.DataFrame:
     Chosen is the lowest final loss (mean over three seeds) among the trials in which no cluster of
     any seed ended empty; among all where there is none such.
     """
-    def make() -> dict:
-        rows = []
-        n_seeds = min(TRIAL_SEEDS, data.study.n_seeds)
-        for rate, sharpness in TRIALS:
-            heads, loss = data.train(method, n_seeds, learning_rate=rate, sharpness=sharpness)
-            used = min(len(np.unique(row)) for row in heads.predict(data.fitted))
-            rows.append((rate, sharpness, loss.mean(), used))
-        return {"trials": np.array(rows)}
-
-    found = data.cached("trials", dict(method=method, trials=TRIALS), make)["trials"]
-    table = pd.DataFrame(found, columns=["learning_rate", "sharpness", "loss", "least_used"])
+    rows = []
+    for rate, sharpness in TRIALS:
+        found = _trained(data, method, range(min(TRIAL_SEEDS, data.study.n_seeds)),
+                         learning_rate=rate, sharpness=sharpness)
+        rows.append((rate, sharpness, found["loss"].mean(), found["used"].min()))
+    table = pd.DataFrame(rows, columns=["learning_rate", "sharpness", "loss", "least_used"])
     full = table["least_used"] == data.centers.shape[1]
     candidates = table[full] if full.any() else table
-    return table.assign(method=method, chosen=table.index == candidates["loss"].idxmin())
+    best = candidates.index[best_head(candidates["loss"])]
+    return table.assign(method=method, chosen=table.index == best)
+
+
+def _trained(data: FeaturesToCluster, method: str, seeds, **settings) -> dict:
+    """Weights, loss, clusters in use on the fitted images and seconds, by seed; cached."""
+    def make(seeds) -> dict:
+        start = time.perf_counter()
+        heads, loss = data.train(method, seeds, **settings)
+        seconds = (time.perf_counter() - start) / len(seeds)
+        return {f"state_{name}": value.detach().numpy()
+                for name, value in heads.named_parameters()} | {
+            "loss": loss, "used": np.array([len(np.unique(row))
+                                            for row in heads.predict(data.fitted)]),
+            "seconds": np.full(len(seeds), seconds)}
+
+    return data.cached(method, settings, seeds, make)
 
 
 def run_head(data: FeaturesToCluster, method: str, **options) -> dict:
     """One trained method, all seeds, at its tuned settings: clusters [S, N] of the scored images,
     loss [S], seconds. options go to the head (ICBPL's weights; the full loss's tuning stays)."""
+    import torch
+
     chosen = tune(data, method).query("chosen").iloc[0]
     settings = dict(learning_rate=float(chosen["learning_rate"]),
                     sharpness=float(chosen["sharpness"]))
-
-    def make() -> dict:
-        start = time.perf_counter()
-        heads, loss = data.train(method, data.study.n_seeds, **settings, **options)
-        seconds = time.perf_counter() - start
-        return dict(clusters=heads.predict(data.scored).astype(np.int16), loss=loss,
-                    seconds=seconds)
-
-    return settings | data.cached("head", dict(method=method) | settings | options, make)
+    found = _trained(data, method, data.study.seeds, **settings, **options)
+    heads = RIVALS[method].heads(data.fitted, data.fit.n_clusters, data.study.seeds, data.centers,
+                                 **options)
+    heads.load_state_dict({name.removeprefix("state_"): torch.from_numpy(value)
+                           for name, value in found.items() if name.startswith("state_")},
+                          strict=False)  # fixed centres are no weights
+    return settings | dict(clusters=heads.predict(data.scored), loss=found["loss"],
+                           seconds=float(found["seconds"].sum()))
 
 
 def consensus(clusters: np.ndarray, reference: int) -> np.ndarray:
@@ -147,19 +159,26 @@ def compare_heads(study, dataset: str, backbone: str, methods=METHODS):
     for method in methods:
         try:
             found = scores_of(data, method)
-        except (ValueError, MemoryError) as error:
+            if method in RIVALS:
+                trials.append(tune(data, method).assign(**where))
+        except (NotRun, MemoryError) as error:
             found = [dict(not_run=str(error) or "not enough memory")]
         rows += [where | dict(method=method) | row for row in found]
-        if method in RIVALS:
-            trials.append(tune(data, method).assign(**where))
     return (pd.DataFrame(rows).reindex(columns=ROW_COLUMNS),
             pd.concat(trials, ignore_index=True) if trials else pd.DataFrame())
 
 
 def scores_of(data: FeaturesToCluster, method: str) -> list[dict]:
-    """One row a seed. Raises ValueError, with the reason, where the method cannot run."""
+    """One row a seed. Raises NotRun, with the reason, where the method cannot run."""
     study, n_clusters = data.study, data.centers.shape[1]
     n, dim = data.fitted.shape
+    if method not in (*METHODS, *ABLATIONS):
+        near = difflib.get_close_matches(method, METHODS, 1, 0)[0]
+        raise NotRun(f"The method {method!r} is not known; the nearest one is {near!r}, all are "
+                     f"{', '.join(METHODS)}")
+    if min(study.batch_size, n) < n_clusters and method not in (*CLUSTERERS, "spherical k-means"):
+        raise NotRun(f"batches of {min(study.batch_size, n)} are smaller than the {n_clusters} "
+                     f"clusters that they are to be spread over")
     if method in RIVALS or method in ABLATIONS:
         found = (run_head(data, method) if method in RIVALS
                  else run_head(data, "icbpl", **ABLATIONS[method]))
@@ -168,7 +187,7 @@ def scores_of(data: FeaturesToCluster, method: str) -> list[dict]:
                 enumerate(found["clusters"])]
     if method == CONSENSUS:
         found = run_head(data, "tsp")
-        best = int(found["loss"].argmin())
+        best = best_head(found["loss"])
         clusters = consensus(found["clusters"], best)
         right = [match_clusters(data.score.labels, each)[each] == data.score.labels
                  for each in (clusters, found["clusters"][best])]
@@ -176,22 +195,21 @@ def scores_of(data: FeaturesToCluster, method: str) -> list[dict]:
         return [_scored(data, clusters, best)
                 | dict(against=100 * right[1].mean(), against_low=low, against_high=high)]
     if method == "spherical k-means":
-        def make():
-            return {"clusters": np.stack([_spherical(data.fitted, data.scored, n_clusters, seed)
-                                          for seed in study.seeds])}
-        found = data.cached("clusters", dict(method=method), make)["clusters"]
-        return [_scored(data, clusters, seed) for seed, clusters in enumerate(found)]
+        def make(seeds) -> dict:
+            return {"centers": np.stack([_spherical(data.fitted, n_clusters, seed)
+                                         for seed in seeds])}
+        found = data.cached(method, {}, study.seeds, make)["centers"]
+        return [_scored(data, (data.scored @ centers.T).argmax(1), seed)
+                for seed, centers in enumerate(found)]
     if method == "gmm" and n < n_clusters * (dim + 1):
-        raise ValueError(f"{n_clusters} full covariances of {dim} dimensions need at least "
-                         f"{n_clusters * (dim + 1)} samples, and there are {n}")
+        raise NotRun(f"{n_clusters} full covariances of {dim} dimensions need at least "
+                     f"{n_clusters * (dim + 1)} samples, and there are {n}")
     if method == "gmm" and n * n_clusters * dim**2 > MAX_GMM_OPERATIONS:
-        raise ValueError(f"full covariances of {dim} dimensions on {n} samples cost "
-                         f"{n * n_clusters * dim**2 / MAX_GMM_OPERATIONS:.1f} times this "
-                         f"comparison's limit")
-    if method not in CLUSTERERS:
-        near = difflib.get_close_matches(method, METHODS, 1, 0)[0]
-        raise ValueError(f"The method {method!r} is not known; the nearest one is {near!r}, all "
-                         f"are {', '.join(METHODS)}")
+        raise NotRun(f"full covariances of {dim} dimensions on {n} samples cost "
+                     f"{n * n_clusters * dim**2 / MAX_GMM_OPERATIONS:.1f} times this "
+                     f"comparison's limit")
+    if method == "spectral" and data.score.fingerprint != data.fit.fingerprint:
+        raise NotRun("spectral clustering only clusters the images that it is fitted on")
     table = run_baseline(study, data.fit, data.score, CLUSTERERS[method])
     return table[["seed", "acc", "nmi", "ari"]].to_dict("records")
 
@@ -202,14 +220,16 @@ def _scored(data: FeaturesToCluster, clusters: np.ndarray, seed: int) -> dict:
         name: 100 * value for name, value in scores.items()}
 
 
-def _spherical(fitted, scored, n_clusters: int, seed: int) -> np.ndarray:
-    """K-means by cosine, its centres kept at unit length (Dhillon and Modha, 2001): faiss's."""
-    fitted, scored = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-                      for x in (fitted, scored))
+def _spherical(fitted, n_clusters: int, seed: int) -> np.ndarray:
+    """K-means by cosine, its centres kept at unit length (Dhillon and Modha, 2001): faiss's.
+
+    Vectors [N, D] -> centres [C, D].
+    """
+    fitted = fitted / np.maximum(np.linalg.norm(fitted, axis=1, keepdims=True), 1e-12)
     found = faiss.Kmeans(fitted.shape[1], n_clusters, niter=100, spherical=True, seed=seed + 1,
                          max_points_per_centroid=len(fitted), min_points_per_centroid=1)
     found.train(fitted)
-    return (scored @ found.centroids.T).argmax(1)
+    return found.centroids
 
 
 def linear_probe(fit: FeatureSet, score: FeatureSet) -> float:
@@ -289,6 +309,12 @@ def compared_backbones(study) -> list[str]:
     return list(dict.fromkeys((study.default_backbone, *study.vit_and_resnet)))[:2]
 
 
+def code_of_the_comparison() -> str:
+    """The key of all the code behind the records."""
+    parts = [part for rival in RIVALS.values() for part in (rival.loss, rival.heads)]
+    return cache.code_of(compare_heads, linear_probe, *parts)
+
+
 def records_path() -> Path:
     return bundled_dir() / "readouts" / "heads.json"
 
@@ -306,7 +332,7 @@ def run_heads_compared(profile: str = "offline") -> Path:
         logger.info("%s under %s: done", dataset, backbone)
     write_json(records_path(), {
         "made_with": versions() | {"device": find_device()}, "n_steps": study.min_steps,
-        "code": source_hash((*CORE, "baselines", "rivals", "icbpl")), "probes": probes,
+        "code": code_of_the_comparison(), "probes": probes,
         "trials": json.loads(pd.concat(trials).to_json(orient="records", double_precision=5)),
         "rows": json.loads(pd.concat(rows).to_json(orient="records", double_precision=4))},
         indent=1)

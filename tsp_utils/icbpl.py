@@ -1,7 +1,10 @@
 """ICBPL, reconstructed: a linear map to the sphere, clusters around fixed centres (2408.01920).
 
-Zhu, Hu and Wang (2024), from the abstract and from what is known of the method; its own code does
-not run, so every weight and schedule here is a choice of ours.
+Zhu, Hu and Wang (2024). The abstract, all that we had of the paper, names a pretrained network and
+its fine-tuning, the pull of a sample towards one of its nearest neighbours, and the pull towards
+the nearest of predefined centres. Ours are: that the centres are a simplex' corners, the MMD and
+the pull towards an augmented view (all three after the same group's ICAE, Zhu and Wang, 2020, arXiv
+1906.03905), the one linear layer, and every weight and schedule.
 """
 
 import numpy as np

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -22,8 +23,6 @@ from tsp_utils.claims import (
     holm,
     t_interval,
 )
-from tsp_utils.head_runs import source_hash
-from tsp_utils.paths import write_json
 
 COLUMNS = ("id", "scope", "quantity", "backbone", "target", "protocol", "n_pretrain", "n_head",
            "mean", "low", "high", "p", "rule", "verdict", "qualifier")
@@ -50,7 +49,7 @@ class Evidence:
     note: str = ""  # for the reader, behind the verdict
     order: int = 0  # of the cells of a claim
 
-    @property
+    @cached_property
     def verdict(self) -> Verdict:
         """By `docs/rules.md`, of this cell alone."""
         claim = claim_of(self.claim)
@@ -68,41 +67,67 @@ class Evidence:
 
 
 def save_evidence(study, notebook: str, cells: Sequence[Evidence]) -> pd.DataFrame:
-    """Leave a notebook's evidence for the ledger; returns the cells with their verdicts."""
+    """Leave a notebook's evidence for the ledger; returns the cells with their verdicts.
+
+    A notebook may call it several times, and a cell may be run again: each cell of a claim has one
+    file, and keeps its place. Raises ValueError for two cells of one name.
+    """
+    stamp = _stamp(study, notebook)
     folder = study.run_dir / "claims"
-    for order, cell in enumerate(cells):
-        name = re.sub(r"[^\w]+", "-", f"{notebook}_{cell.claim}_{order}").strip("-")
-        record = {"stamp": _stamp(study), **asdict(replace(cell, order=order))}
-        write_json(folder / f"{name}.json", record)
+    kept = {}
+    for path in folder.glob(f"{notebook}_*.json"):
+        record = json.loads(path.read_text())
+        if record["stamp"] == stamp:
+            kept[path.stem] = record["order"]
+        else:
+            path.unlink()  # of an earlier version, which no ledger would take
+    names = [re.sub(r"[^\w]+", "-", f"{notebook}_{cell.claim}_{cell.cell}").strip("-_")
+             for cell in cells]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two cells of one claim have the same name ({', '.join(sorted(names))}); "
+                         f"name each by what it compares.")
+    for name, cell in zip(names, cells, strict=True):
+        order = kept.setdefault(name, 1 + max(kept.values(), default=-1))
+        record = {"stamp": stamp, **asdict(replace(cell, order=order))}
+        study.leave(f"claims/{name}.json", lambda file, record=record: file.write(
+            json.dumps(record).encode()))
     return table_of(cells)
 
 
 def read_evidence(study, claims: Sequence[Claim] = CLAIMS) -> list[Evidence]:
     """All evidence for these claims in a profile's run, in the claims' order.
 
-    Raises FileNotFoundError where there is none, ValueError naming evidence of other settings or
-    library sources than this study's: a ledger is of one study.
+    Raises FileNotFoundError where there is none, ValueError naming evidence of other settings than
+    this study's, or of a notebook that has changed since (it, or what it calls and reads).
     """
     ids = [claim.id for claim in claims]
     records = {path: json.loads(path.read_text())
                for path in sorted((study.run_dir / "claims").glob("*.json"))}
     records = {path: record for path, record in records.items() if record["claim"] in ids}
+    again = f"run make reproduce PROFILE={study.profile.partition('+')[0]}"
     if not records:
-        raise FileNotFoundError(f"There is no evidence of {study.profile} yet; run make reproduce "
-                                f"PROFILE={study.profile.partition('+')[0]} first.")
-    stamp = _stamp(study)
-    mixed = [path.name for path, record in records.items() if record["stamp"] != stamp]
+        raise FileNotFoundError(f"There is no evidence of {study.profile} yet; {again} first.")
+    stamps = {notebook: _stamp(study, notebook) for notebook in {path.name[:2] for path in records}}
+    mixed = [path.name for path, record in records.items()
+             if record["stamp"] != stamps[path.name[:2]]]
     if mixed:
-        raise ValueError(f"Evidence of other settings or other library sources lies in "
-                         f"{study.profile}: {', '.join(mixed)}; run make reproduce "
-                         f"PROFILE={study.profile.partition('+')[0]} again.")
-    cells = [Evidence(**{key: value for key, value in record.items() if key != "stamp"})
-             for record in records.values()]
-    return sorted(cells, key=lambda cell: (ids.index(cell.claim), cell.order))
+        raise ValueError(f"Evidence of other settings, or of notebooks that have changed since, "
+                         f"lies in {study.profile}: {', '.join(mixed)}; {again} again.")
+    cells = [(path.name[:2], Evidence(**{key: record[key] for key in record if key != "stamp"}))
+             for path, record in records.items()]
+    return [cell for _, cell in sorted(cells, key=lambda found: (
+        ids.index(found[1].claim), found[0], found[1].order))]
 
 
-def _stamp(study) -> dict:
-    return {"study": repr(study), "sources": source_hash()}
+def _stamp(study, notebook: str) -> dict:
+    """What evidence depends on: the settings, and the hash by which the notebook is run again."""
+    from tsp_utils import run
+
+    path = next(iter(run.NOTEBOOKS.glob(f"{notebook}_*.ipynb")), None)
+    if path is None:
+        raise ValueError(f"There is no notebook {notebook} in {run.NOTEBOOKS}; pass the number "
+                         f"that its file begins with.")
+    return {"study": repr(study), "notebook": run.notebook_hash(path, study)}
 
 
 def table_of(cells: Sequence[Evidence]) -> pd.DataFrame:

@@ -6,6 +6,7 @@ The only module that reads TSP_DATA and TSP_CACHE.
 import contextlib
 import json
 import os
+import secrets
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
@@ -37,10 +38,12 @@ def write_whole(path: Path, write) -> None:
 
     Raises OSError naming the folder that cannot be written; what was there before stays.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    made = False  # a file that was there is not ours to remove
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
+            made = True
             write(file)
         partial.replace(path)
     except OSError as error:
@@ -48,10 +51,18 @@ def write_whole(path: Path, write) -> None:
         raise OSError(f"{path.parent} cannot be written ({error.strerror}); make it writable, with "
                       f"some space left{elsewhere}.") from error
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        if made:
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
 
 def write_json(path: Path, content, indent: int | None = None) -> None:
     """`content` as JSON, by `write_whole`."""
     write_whole(path, lambda file: file.write(json.dumps(content, indent=indent).encode()))
+
+
+def write_lines(path: Path, records: list) -> Path:
+    """Records as a JSON list, one a line, by `write_whole`; returns the path."""
+    text = "[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+    return path

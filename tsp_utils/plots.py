@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.patches import FancyBboxPatch
 
-from tsp_utils.neighbors import nearest_neighbors
+from tsp_utils.maps import umap_points as umap_points  # what plot_map draws
 
 CLASS_PALETTE = sns.color_palette("tab10")
 MOST_NAMED = 20  # classes whose names still fit beside a map or a matrix
@@ -269,29 +269,3 @@ def plot_method(ax=None):
     ax.set(xlim=(-0.1, 7.45), ylim=(-0.3, 1.0))
     ax.axis("off")
     return ax
-
-
-def umap_points(features: np.ndarray, n_points: int, seed: int = 0):
-    """UMAP (cosine) of n_points features chosen by seed: indices [n] and coordinates [n, 2]."""
-    import warnings
-
-    from umap import UMAP
-
-    n_points = min(n_points, len(features))
-    chosen = np.sort(np.random.default_rng(seed).choice(len(features), n_points, replace=False))
-    with warnings.catch_warnings():
-        # "n_jobs overridden by random_state" is what we ask for, and no new points are mapped.
-        warnings.simplefilter("ignore")
-        return chosen, UMAP(metric="cosine", random_state=seed, precomputed_knn=_umap_neighbors(
-            features[chosen])).fit_transform(features[chosen])
-
-
-def _umap_neighbors(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each of N points and its 14 neighbours, int32 [N, 15], and their cosine distances [N, 15].
-
-    UMAP's own search of few points is a loop in Python: three seconds for 2,000.
-    """
-    found = nearest_neighbors(features, min(14, len(features) - 1))
-    itself = np.arange(len(features))[:, None]
-    return (np.hstack([itself, found.indices]).astype(np.int32),
-            np.hstack([0 * itself, found.distances**2 / 2]).astype(np.float32))  # of unit vectors

@@ -3,14 +3,17 @@
 import base64
 import io
 import math
+import os
 import shlex
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Number
 from pathlib import Path
 
 import jinja2
 import numpy as np
 from PIL import Image
 
+from tsp_utils.estimator import TSPClustering
 from tsp_utils.image_folders import ImageFiles
 from tsp_utils.metrics import clustering_metrics, confusion, match_clusters
 
@@ -80,7 +83,7 @@ def map_points(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.decomposition import PCA
 
         return np.arange(len(features)), PCA(2, random_state=0).fit_transform(features)
-    from tsp_utils.plots import umap_points
+    from tsp_utils.maps import umap_points
 
     return umap_points(features, MAP_POINTS)
 
@@ -143,6 +146,42 @@ def _curve(loss: np.ndarray) -> str:
 
 
 def _command(found) -> str:
-    return (f"python -m tsp_utils cluster {shlex.quote(str(found.folder))} --n-clusters "
-            f"{found.probabilities.shape[1]} --backbone {found.made['backbone']} --seed "
-            f"{found.made['seed']}")
+    """What makes these clusters again in a shell, in the folder where they were made.
+
+    The command with all of its settings; a line of Python where others were changed as well.
+    """
+    made, n_clusters = found.made, found.probabilities.shape[1]
+    default = TSPClustering().get_params()
+    settings = {name: value for name, value in made["settings"].items()
+                if name not in ("n_clusters", "random_state")}
+    own = {"backbone": made["backbone"], "n_neighbors": settings.pop("n_neighbors"),
+           "entropy_weight": settings.pop("entropy_weight"), "seed": made["seed"]}
+    others = {name: value for name, value in settings.items() if value != default[name]}
+    if others:
+        named = own | {"out": made["out"]} | others if "out" in made else own | others
+        call = ", ".join([repr(str(found.folder)), str(n_clusters)] + [
+            f"{name}={value if isinstance(value, Number) else repr(str(value))}"
+            for name, value in named.items()])
+        words = ["python", "-c", "from tsp_utils.cluster_folder import cluster_folder; "
+                                 f"cluster_folder({call})"]
+    else:
+        words = ["python", "-m", "tsp_utils", "cluster", _as_path(found.folder), "--n-clusters",
+                 n_clusters]
+        for name, value in own.items():
+            words += ["--" + name.replace("_", "-"), value]
+        words += ["--out", _as_path(made["out"])] if "out" in made else []
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def _as_path(path) -> str:
+    """A path that cannot be taken for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
+def _quoted(word: str) -> str:
+    """A word for the shell; a name that is no UTF-8 byte by byte, as bash and zsh read it."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return "$'" + "".join(f"\\x{byte:02x}" for byte in os.fsencode(word)) + "'"
+    return shlex.quote(word)

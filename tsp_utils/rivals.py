@@ -44,12 +44,12 @@ def scan(a, b, step):
     SCAN: Van Gansbeke et al. (2020), Eq. 2, lambda = 5; its second step, self-labelling, is not
     part of it.
     """
-    return tsp_loss(a.mT, b.mT, entropy_weight=5.0)
+    return tsp_loss(a.mT, b.mT, entropy_weight=5.0)[0]
 
 
 def tsp(a, b, step):
     """Eq. 5 of Zhou and Zhang (2022), lambda = 3, j drawn by Eq. 4."""
-    return tsp_loss(a.mT, b.mT)
+    return tsp_loss(a.mT, b.mT)[0]
 
 
 def nnm(a, b, step):
@@ -221,7 +221,7 @@ class CosineHeads(LinearHeads):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.normalize(x, dim=-1) / self.TEMPERATURE
-        return x @ F.normalize(self.weight, dim=-1).mT
+        return (F.normalize(self.weight, dim=-1) @ x.mT).mT
 
 
 class DECHeads(LinearHeads):
@@ -251,6 +251,18 @@ def _linear(features, n_clusters, seeds, centers):
     return init_heads(features, n_clusters, seeds, centers=centers)
 
 
+def _dec_heads(features, n_clusters, seeds, centers):
+    return DECHeads(features, n_clusters, seeds)
+
+
+def _cosine_heads(features, n_clusters, seeds, centers):
+    return CosineHeads(centers, seeds)
+
+
+def _icbpl_heads(features, n_clusters, seeds, centers, **weights):
+    return ICBPLHeads(centers, seeds, **weights)
+
+
 @dataclass(frozen=True)
 class Rival:
     """A loss, the head that it trains (from features, C, seeds, centres), and how j is drawn."""
@@ -269,11 +281,10 @@ RIVALS = {
     "pica": Rival(pica),
     "dac": Rival(dac),
     "dccm": Rival(dccm),
-    "dec": Rival(dec, lambda x, c, seeds, centers: DECHeads(x, c, seeds)),
+    "dec": Rival(dec, _dec_heads),
     "cc": Rival(cc),
-    "secu": Rival(secu, lambda x, c, seeds, centers: CosineHeads(centers, seeds)),
-    "icbpl": Rival(icbpl, lambda x, c, seeds, centers, **weights: ICBPLHeads(centers, seeds,
-                                                                           **weights)),
+    "secu": Rival(secu, _cosine_heads),
+    "icbpl": Rival(icbpl, _icbpl_heads),
 }
 
 
@@ -307,7 +318,7 @@ def train_rival(method: str, features: np.ndarray, neighbors: Neighbors, centers
     cumulative = (weights / weights.sum(1, keepdims=True)).cumsum(1)
     rngs = [np.random.default_rng([seed, 2]) for seed in seeds]
     x = torch.as_tensor(np.ascontiguousarray(features, np.float32), device=device)
-    adam = torch.optim.Adam(heads.parameters(), lr=learning_rate)
+    adam = torch.optim.Adam(heads.parameters(), lr=learning_rate, fused=True)
     per_epoch = n // batch_size
     step, losses = Step(heads, x), []
     for at in tqdm(range(n_steps), method, disable=not progress, leave=False):

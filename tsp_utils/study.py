@@ -1,13 +1,17 @@
 """A profile, read and checked: the settings of a run, its entrance to features and heads."""
 
 import difflib
+import os
 import re
 import textwrap
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Annotated, Literal, get_args
 
 import pandas as pd
 import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from tsp_utils.claims import claim_of
 from tsp_utils.datasets import ImageDataset
@@ -21,44 +25,71 @@ from tsp_utils.feature_sets import (
     vectors_path,
 )
 from tsp_utils.head_runs import HeadRuns, run_heads, run_kmeans
-from tsp_utils.paths import REPOSITORY, runs_dir
+from tsp_utils.paths import REPOSITORY, runs_dir, write_whole
 
-CHOICES = {"protocol": ("split", "all"), "metric": ("cosine", "euclidean", "inner"),
-           "scaling": ("mean-norm", "raw", "l2"), "init": ("k-means", "random"),
-           "weighting": ("gaussian", "uniform")}
+WITH_IMAGES = ("fashion-mnist",)  # sets whose test images ship, whatever vectors do
+
+# The types of settings, each with what to pass in words.
+Name = Annotated[str, Field(min_length=1, description="a name")]
+AnyNames = Annotated[
+    tuple[Name, ...], Field(strict=False, description="names, with commas between")]
+Names = Annotated[AnyNames, Field(min_length=1)]
+Switch = Annotated[bool, Field(description="true or false")]
+Count = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
+CountOrNone = Annotated[int | None, Field(ge=1, description="a whole number of at least 1 or null")]
+CountOrZero = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
+# YAML reads 1e-3, without a point, as a word.
+Number = Annotated[float, BeforeValidator(lambda x: float(x) if isinstance(x, str) else x)]
+Rate = Annotated[Number, Field(gt=0, description="a number above 0")]
+Weight = Annotated[Number, Field(ge=0, description="a number of at least 0")]
+WeightOrNone = Annotated[Number | None, Field(ge=0, description="a number of at least 0 or null")]
 
 
-@dataclass(frozen=True)
-class Study:
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+class Settings:
     """The settings of a profile, each with its reason."""
 
-    profile: str  # its name, with the overrides if there are any: also the folder under runs/
-    datasets: tuple[str, ...]  # targets, the first is the one that lessons and claims use
-    backbones: tuple[str, ...]  # feature extractors that are compared
-    default_backbone: str  # the one that lessons and claims use
-    protocol: str  # split: fit on train, score on test; all: fit and score on the test images
-    bundled_vectors: bool = False  # use the vectors that ship, where there are any, not images
-    n_images: int | None = None  # so many images of a split, evenly spaced (tests); None: all
-    n_seeds: int = 10  # independent runs, as in Table 1
-    n_neighbors: int = 20  # K (Sec. 4.2)
-    metric: str = "cosine"  # of the neighbours; Figs 1 and 2 use the inner product
-    scaling: str = "mean-norm"  # one scalar, so that the learning rate means the same everywhere
-    entropy_weight: float = 3.0  # lambda of Eq. 5 (Sec. 4.2)
-    max_epochs: int = 100  # Sec. 4.2
-    min_steps: int = 2000  # so that a small set is trained as long as it needs
-    batch_size: int = 256  # Sec. 4.2
-    learning_rate: float = 1e-4  # Adam, Sec. 4.2
-    init: str = "k-means"  # of the head (Appendix A), or random
-    row_norm: float | None = None  # of its rows at the start; None: Appendix A's 1 / sqrt(D)
-    weighting: str = "gaussian"  # of the neighbours (Eq. 4), or uniform
-    n_hidden: int | None = None  # units of a hidden layer in the head; None: no such layer
-    n_fit: int | None = None  # so many of the fitted images, drawn once (C8 to C12); None: all
-    kmeans_only: tuple[str, ...] = ()  # backbones without heads in Table 1, as the paper's pixels
-    vit_and_resnet: tuple[str, ...] = ("vit_nano_cpu", "resnet_nano_cpu")  # of C1 and C5
-    larger_and_smaller: tuple[str, ...] = ("vit_nano_cpu", "vit_pico_cpu")  # of C4
-    source_and_target: tuple[str, ...] = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k")  # of C6
-    full_seeds: bool = False  # verdicts with the seeds that docs/rules.md asks for, not n_seeds
-    umap_points: int = 2000  # points of a map, chosen once by seed
+    profile: Name  # its name, with the overrides if there are any: also the folder under runs/
+    datasets: Names  # targets, the first is the one that lessons and claims use
+    backbones: Names  # feature extractors that are compared
+    default_backbone: Name  # the one that lessons and claims use
+    protocol: Literal["split", "all"]  # split: fit on train, score on test; all: both on test
+    bundled_vectors: Switch = False  # use the vectors that ship, where there are any, not images
+    n_images: CountOrNone = None  # so many images of a split, evenly spaced (tests); None: all
+    n_seeds: Count = 10  # independent runs, as in Table 1
+    n_neighbors: Count = 20  # K (Sec. 4.2)
+    metric: Literal["cosine", "euclidean", "inner"] = "cosine"  # of neighbours; Figs 1, 2: inner
+    scaling: Literal["mean-norm", "raw", "l2"] = "mean-norm"  # one scalar, so that rates compare
+    entropy_weight: Weight = 3.0  # lambda of Eq. 5 (Sec. 4.2)
+    max_epochs: CountOrZero = 100  # Sec. 4.2
+    min_steps: CountOrZero = 2000  # so that a small set is trained as long as it needs
+    batch_size: Count = 256  # Sec. 4.2
+    learning_rate: Rate = 1e-4  # Adam, Sec. 4.2
+    init: Literal["k-means", "random"] = "k-means"  # of the head (Appendix A), or random
+    row_norm: WeightOrNone = None  # of its rows at the start; None: Appendix A's 1 / sqrt(D)
+    weighting: Literal["gaussian", "uniform"] = "gaussian"  # of the neighbours (Eq. 4), or uniform
+    n_hidden: CountOrNone = None  # units of a hidden layer in the head; None: no such layer
+    n_fit: CountOrNone = None  # so many of the fitted images, drawn once (C8 to C12); None: all
+    kmeans_only: AnyNames = ()  # backbones without heads in Table 1, as the paper's pixels
+    vit_and_resnet: Names = ("vit_nano_cpu", "resnet_nano_cpu")  # of C1 and C5
+    larger_and_smaller: Names = ("vit_nano_cpu", "vit_pico_cpu")  # of C4
+    source_and_target: Names = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k")  # of C6
+    full_seeds: Switch = False  # verdicts with the seeds that docs/rules.md asks for, not n_seeds
+    umap_points: Count = 2000  # points of a map, chosen once by seed
+
+
+class Study(Settings):
+    """A profile's settings, and the entrance to its features, heads and files."""
+
+    def __init__(self, **settings):
+        """Raises ValueError, in one sentence, for the first setting that is wrong or missing."""
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ValueError(_refusal(error, settings)) from None
+        if self.max_epochs == self.min_steps == 0:
+            raise ValueError("With max_epochs=0 and min_steps=0 nothing would be trained; pass at "
+                             "least 1 for one of them.")
 
     @property
     def run_dir(self) -> Path:
@@ -84,7 +115,7 @@ class Study:
 
     def uses_vectors(self, dataset: str) -> bool:
         """Whether a target is there as bundled vectors only, without its images."""
-        return self.bundled_vectors and any(
+        return self.bundled_vectors and dataset not in WITH_IMAGES and any(
             vectors_path(dataset, backbone).exists() for backbone in self.backbones)
 
     def features(self, dataset: str, backbone: str, split: str = "test") -> FeatureSet:
@@ -92,7 +123,8 @@ class Study:
 
         Raises ValueError for another split than test of a target that is there as vectors only.
         """
-        if self.uses_vectors(dataset):
+        if self.uses_vectors(dataset) or (self.bundled_vectors and split == "test" and
+                                          vectors_path(dataset, backbone).exists()):
             if split != "test":
                 raise ValueError(f"Of {dataset} only the test images' vectors are bundled, and "
                                  f"split {split!r} is asked for; pass protocol=all, or "
@@ -137,13 +169,30 @@ class Study:
 
     def save_figure(self, figure, name: str, data: pd.DataFrame, caption: str) -> None:
         """Write figures/NAME.png beside the NAME.csv it was drawn from, the caption below it."""
-        folder = self.run_dir / "figures"
-        folder.mkdir(parents=True, exist_ok=True)
-        data.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
         lines = textwrap.fill(caption, int(13 * figure.get_figwidth()))  # characters an inch
         figure.text(0.5, -0.01, lines, ha="center", va="top", fontsize=9.5, color="0.25")
-        figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight", pad_inches=0.15,
-                       metadata={"Software": None})
+        self.save_table(data, name)
+        self.leave(f"figures/{name}.png", lambda file: figure.savefig(
+            file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15,
+            metadata={"Software": None}))
+
+    def save_table(self, table: pd.DataFrame | str, name: str) -> None:
+        """Write a table as figures/NAME.csv, without its index, or a text as figures/NAME.md."""
+        kind, text = ("md", table) if isinstance(table, str) else (
+            "csv", table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        self.leave(f"figures/{name}.{kind}", lambda file: file.write(text.encode()))
+
+    def leave(self, name: str, write) -> None:
+        """Write a file of the run folder whole, by `write(binary file)`, and say so to the runner.
+
+        `make reproduce` runs a notebook again of which such a file is missing or was changed, and
+        removes what an earlier version of it left.
+        """
+        # Noted first: what a kill leaves behind is then known, too.
+        if os.environ.get("TSP_LEFT"):
+            with open(os.environ["TSP_LEFT"], "a", encoding="utf-8") as noted:
+                noted.write(f"{name}\n")
+        write_whole(self.run_dir / name, write)
 
 
 def load_study(profile: str = "offline") -> Study:
@@ -165,25 +214,38 @@ def load_study(profile: str = "offline") -> Study:
             raise ValueError(f"The override {override!r} has no value; write {key}=VALUE.")
         many = any(field.name == key and "tuple" in str(field.type) for field in fields(Study))
         settings[key] = value.split(",") if many else _read_yaml(value, f"the override {override}")
-    known = {field.name: field for field in fields(Study) if field.name != "profile"}
-    for key, value in settings.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1, 0)[0]
-            raise ValueError(f"The profile {name!r} has no setting {key!r}; the nearest one is "
-                             f"{near!r}, all are {', '.join(known)}.")
-        settings[key] = _checked(key, value, known[key].type)
-    missing = [key for key in ("datasets", "backbones", "default_backbone", "protocol")
-               if key not in settings]
-    if missing:
-        raise ValueError(f"The profile {name!r} lacks {', '.join(missing)}; add them to "
-                         f"{path.name}.")
-    if settings["default_backbone"] not in settings["backbones"]:
-        if any(override.startswith("default_backbone=") for override in overrides):
-            raise ValueError(f"The default backbone {settings['default_backbone']!r} is not among "
-                             f"the backbones; pass one of {', '.join(settings['backbones'])}.")
-        settings["default_backbone"] = settings["backbones"][0]
-    return Study(profile="+".join([name, *(re.sub(r"[^\w=.,-]", "-", o) for o in overrides)]),
-                 **settings)
+    for key in settings:
+        if key == "profile" or key not in Settings.__pydantic_fields__:
+            raise ValueError(_unknown(key))
+    study = Study(profile="+".join([name, *(re.sub(r"[^\w=.,-]", "-", o) for o in overrides)]),
+                  **settings)
+    if study.default_backbone in study.backbones:
+        return study
+    if any(override.startswith("default_backbone=") for override in overrides):
+        raise ValueError(f"The default backbone {study.default_backbone!r} is not among the "
+                         f"backbones; pass one of {', '.join(study.backbones)}.")
+    return replace(study, default_backbone=study.backbones[0])
+
+
+def _refusal(error: ValidationError, settings: dict) -> str:
+    """What pydantic finds wrong first, as a sentence; what is missing comes last."""
+    wrong = [found["loc"][0] for found in error.errors()]
+    key = next((key for key in wrong if key in settings), None)
+    if key is None:
+        return (f"The profile {settings.get('profile')!r} lacks {', '.join(wrong)}; add them to "
+                f"its file.")
+    field = Study.__pydantic_fields__.get(key)
+    if field is None:
+        return _unknown(key)
+    wanted = field.description or " or ".join(get_args(field.annotation))
+    return f"The setting {key} is {settings[key]!r}; pass {wanted}."
+
+
+def _unknown(key) -> str:
+    known = [field.name for field in fields(Settings) if field.name != "profile"]
+    near = difflib.get_close_matches(str(key), known, 1, 0)[0]
+    return (f"There is no setting {key!r}; the nearest one is {near!r}, all are "
+            f"{', '.join(known)}.")
 
 
 def _read_yaml(text: str, where: str):
@@ -192,33 +254,3 @@ def _read_yaml(text: str, where: str):
     except yaml.YAMLError:
         raise ValueError(f"The YAML of {where} cannot be read; write plain KEY: VALUE lines, or "
                          f"KEY=VALUE for an override.") from None
-
-
-def _checked(key: str, value, kind):
-    """A setting as its field's type; raises ValueError saying what it should be."""
-    text = str(kind)
-    try:
-        if "tuple" in text:
-            if isinstance(value, str) or not value or not all(value):
-                raise TypeError
-            return tuple(str(item) for item in value)
-        if value not in CHOICES.get(key, (value,)):
-            raise TypeError
-        if value is None and "None" in text:
-            return None
-        if value is None or isinstance(value, bool) != ("bool" in text):
-            raise TypeError
-        if isinstance(value, bool) or ("str" in text and isinstance(value, str)):
-            return value
-        converted = (int if "int" in text else float)(value) if "str" not in text else None
-        least = 1 if "int" in text and key != "min_steps" else 0
-        if converted is None or converted != float(value) or not least <= converted < float("inf"):
-            raise TypeError
-        return converted
-    except (TypeError, ValueError, OverflowError):
-        kinds = {"tuple": "names, with commas between", "bool": "true or false", "str": "a name",
-                 "int": "a whole number of at least 1", "float": "a number of at least 0"}
-        wanted = " or ".join(CHOICES.get(key, ())) or next(
-            wanted for name, wanted in kinds.items() if name in text)
-        wanted = "a whole number of at least 0" if key == "min_steps" else wanted
-        raise ValueError(f"The setting {key} is {value!r}; pass {wanted}.") from None

@@ -1,0 +1,300 @@
+"""Keys follow the code that is called; files are whole, of one writer, and what they say."""
+
+import functools
+import importlib
+import json
+import logging
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tsp_utils import cache, keys
+from tsp_utils.cache import code_called_by, code_of, key_of
+from tsp_utils.paths import PACKAGE
+
+HERE = Path(__file__).resolve().parent
+
+MODULE = '''
+"""A module."""
+import functools
+
+import numpy as np
+
+SCALE = 2.0
+UNUSED = 1
+
+
+def helper(x):
+    """One line."""
+    return SCALE * x  # a comment
+
+
+def unused(x):
+    return x
+
+
+@functools.lru_cache
+def wrapped(x):
+    return helper(x)
+
+
+class Network:
+    width: int = 3
+
+    def forward(self, x):
+        return helper(x)
+
+    def describe(self):
+        return "a network"
+
+
+REGISTRY = {"a": helper, "b": unused}
+
+
+def called(x: float) -> float:
+    """Doubles."""
+    from toy_package.other import imported_late
+
+    return np.abs(wrapped(x)) + imported_late(x) + len(REGISTRY)
+
+
+def called_with(network, x):
+    return network.forward(x)
+'''
+OTHER = "def imported_late(x):\n    return x + 1\n"
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Write the toy package with one edit, import it anew, and return its module."""
+    (tmp_path / "toy_package").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(keys, "PACKAGE", "toy_package")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "toy_package" / "__init__.py").touch()
+
+    def write(old: str = "", new: str = "", other: str = OTHER):
+        assert old in MODULE
+        (tmp_path / "toy_package" / "module.py").write_text(MODULE.replace(old, new, 1))
+        (tmp_path / "toy_package" / "other.py").write_text(other)
+        for name in [name for name in sys.modules if name.startswith("toy_package")]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        return importlib.import_module("toy_package.module")
+
+    yield write
+    for name in [name for name in sys.modules if name.startswith("toy_package")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("old, new", [
+    ("One line.", "Two lines."), ("# a comment", "# another"), ("x: float", "x"),
+    ("UNUSED = 1", "UNUSED = 2"), ("def unused(x):\n    return x", "def unused(x):\n    return -x"),
+    ('"""A module."""', '"""A module.\n\nWith more lines, so that all others move.\n"""'),
+    ('return "a network"', 'return "one"'),
+])
+def test_what_shapes_nothing_makes_nothing_old(toy, old, new):
+    before, after = (code_of(toy(*edit).called) for edit in ((), (old, new)))
+    assert before == after
+    before, after = ((module := toy(*edit)) and code_of(module.called_with, module.Network())
+                     for edit in ((), (old, new)))
+    assert before == after
+
+
+@pytest.mark.parametrize("old, new", [
+    ("SCALE * x", "SCALE + x"), ("SCALE = 2.0", "SCALE = 3.0"), ("np.abs", "np.sign"),
+    ("return helper(x)\n\n\nclass", "return -helper(x)\n\n\nclass"),
+])
+def test_what_is_called_counts_and_so_do_the_constants_it_names(toy, old, new):
+    assert code_of(toy().called) != code_of(toy(old, new).called)
+
+
+def test_imports_where_they_are_used_methods_by_name_and_replacements_count(toy, monkeypatch):
+    module = toy()
+    before = code_of(module.called)
+    assert code_of(toy(other=OTHER.replace("+ 1", "+ 2")).called) != before
+    module = toy()
+    network = code_of(module.called_with, module.Network())
+    changed = toy("    def forward(self, x):\n        return helper(x)",
+                  "    def forward(self, x):\n        return helper(-x)")
+    assert code_of(changed.called_with, changed.Network()) != network
+    module = toy()
+    monkeypatch.setattr(module, "helper", lambda x: x)
+    assert code_of(module.called) != before  # bound now, whoever did it
+    module = toy()
+    monkeypatch.setattr(module.Network, "forward", lambda self, x: x)
+    assert code_of(module.called_with, module.Network()) != network
+
+
+def test_code_without_source_counts_by_its_code_object():
+    def made(text):
+        scope = {}
+        exec(f"def f(x):\n    return {text}\n", scope)
+        return scope["f"]
+
+    assert code_of(made("x + 1")) == code_of(made("x + 1")) != code_of(made("x + 2"))
+    assert code_of(functools.partial(made("x + 1"), 2)) == code_of(made("x + 1"))
+
+
+def test_a_file_edited_after_its_import_is_not_taken_for_what_runs(toy, tmp_path):
+    module = toy()
+    before = code_of(module.helper)
+    (tmp_path / "toy_package" / "module.py").write_text(MODULE.replace("SCALE * x", "SCALE - x"))
+    edited = code_of(module.helper)  # the old code still runs, under a key of its own
+    assert edited != code_of(toy("SCALE * x", "SCALE - x").helper)
+    assert before == code_of(toy().helper) != edited
+
+
+def test_a_notebook_s_key_follows_what_it_calls_and_no_drawing():
+    source = textwrap.dedent("""
+        import tsp_utils as tsp
+        from tsp_utils import plots
+        from tsp_utils.baselines import run_baseline
+        study = tsp.load_study("offline")
+        tsp.tsp_loss(a, b)
+        plots.plot_ledger(c)
+        run_baseline(study, a, b, "x")
+        """)
+    reached = {text.split(":")[0].split(" = ")[0] for text in _reached_by(source)}
+    assert {"tsp_loss", "loss_terms", "run_baseline", "load_study", "_clusters"} <= reached
+    assert not {"plot_ledger", "train_heads", "cluster_folder"} & reached
+    assert code_called_by(source) == code_called_by(source + "\n# a comment\n1 + 1\n")
+    assert code_called_by(source) != code_called_by(source + "tsp.train_heads()")
+
+
+def _reached_by(source):
+    found = []
+    digest, keys._digest = keys._digest, lambda reached: found.extend(reached.values()) or "x"
+    try:
+        code_called_by(source)
+    finally:
+        keys._digest = digest
+    return found
+
+
+def test_every_function_of_the_package_has_a_tree_that_is_what_runs():
+    """Else keys would differ between versions of Python."""
+    from tsp_utils import heads, rivals, study
+
+    for module in (heads, rivals, study):
+        for value in vars(module).values():
+            function = keys._function(value)
+            if function is not None and function.__module__ == module.__name__:
+                assert keys._syntax(function)[0], function.__qualname__
+    assert list(PACKAGE.glob("keys.py"))
+
+
+def test_inputs_count_by_content():
+    x = np.arange(6.0).reshape(2, 3)
+    assert key_of({"x": x}) == key_of({"x": x[::1].copy()}) == key_of({"x": np.asfortranarray(x)})
+    different = [x.T, x.astype(np.float32), x + 1, x.reshape(3, 2)]
+    assert len({key_of({"x": each}) for each in [x, *different]}) == 5
+    with pytest.raises(TypeError, match="input of type object has no content"):
+        key_of({"x": object()})
+
+
+# Files.
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def squares(seeds, made=None):
+    if made is not None:
+        made.append(list(seeds))
+    return {"squares": np.array([[seed**2] for seed in seeds])}
+
+
+def test_seeds_are_made_once_and_a_file_grows(folder):
+    made = []
+    for wanted in (range(2), range(4), [3, 1], range(3)):
+        found, n_read = cache.seeds("heads", "toy", {}, [squares], wanted,
+                                    lambda seeds: squares(seeds, made))
+        assert found["squares"][:, 0].tolist() == [seed**2 for seed in wanted]
+    assert made == [[0, 1], [2, 3]] and n_read == 3
+    assert {"torch", "machine"} <= json.loads(found["made_with"][0]).keys()
+    assert len(list(folder.glob("heads/*.npz"))) == 1 and not list(folder.rglob("*.partial"))
+
+
+GROW = """
+import sys, time, numpy as np
+sys.path[:0] = {paths!r}
+from tsp_utils import cache
+def make(seeds):
+    time.sleep(1)
+    return {{"x": np.array(list(seeds))}}
+found, _ = cache.seeds("heads", "toy", {{}}, [], range(int(sys.argv[1])), make)
+print(found["x"].tolist())
+"""
+
+
+def test_two_that_grow_one_file_lose_nothing(folder):
+    code = GROW.format(paths=[str(HERE.parent)])
+    both = [subprocess.Popen([sys.executable, "-c", code, n], text=True, stdout=subprocess.PIPE)
+            for n in ("6", "3")]
+    assert [process.communicate(timeout=120)[0].strip() for process in both] == [
+        "[0, 1, 2, 3, 4, 5]", "[0, 1, 2]"]
+    found, n_read = cache.seeds("heads", "toy", {}, [], range(6), None)
+    assert n_read == 6 and found["x"].tolist() == list(range(6))
+
+
+def test_a_damaged_or_foreign_file_is_named_and_made_again(folder, caplog):
+    def arrays(value):
+        return cache.arrays("toys", "toy", {}, [squares], lambda: {"x": np.array(value)})["x"]
+
+    assert arrays(1) == 1 == arrays(2)
+    (path,) = folder.glob("toys/*.npz")
+    for damage in (path.read_bytes()[:100], b""):
+        path.write_bytes(damage)
+        with caplog.at_level(logging.WARNING):
+            assert arrays(3) == 3
+        assert path.name in caplog.text and "made again" in caplog.text
+        caplog.clear()
+    np.savez(path.open("wb"), x=4)  # of an earlier version, without a description
+    assert arrays(5) == 5 and "does not match its description" in caplog.text
+
+
+def test_an_error_leaves_nothing_and_a_record_comes_back(folder):
+    def fail():
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match=r"^no$"):
+        cache.record("records", "run", {"seed": 0}, [], fail)
+    assert not list(folder.rglob("*.npz"))
+    wanted = {"acc": [1.5, 2], "name": "é"}
+    assert cache.record("records", "run", {"seed": 0}, [], lambda: wanted) == wanted
+    assert cache.record("records", "run", {"seed": 0}, [], fail) == wanted
+
+
+def test_a_call_is_read_back_until_its_arguments_or_its_code_change(folder):
+    called = mock.Mock()
+
+    def table(x, n=2):
+        called(n)
+        return pd.DataFrame({"name": ["a", "b"], "value": x[:n]})
+
+    x = np.array([0.5, 1.5])
+    first = cache.call(table, x)
+    pd.testing.assert_frame_equal(cache.call(table, x), first)
+    assert called.call_count == 1
+    cache.call(table, x + 1)
+    cache.call(table, x, n=2)
+    assert called.call_count == 3
+    assert first["value"].tolist() == [0.5, 1.5] and first["name"].tolist() == ["a", "b"]
+
+
+def test_files_of_an_earlier_version_are_named_with_what_removes_them(folder, caplog):
+    (folder / "features").mkdir()
+    (folder / "features" / "cifar10-test-pixels-0123.npy").touch()
+    with caplog.at_level(logging.WARNING):
+        cache.arrays("toys", "toy", {}, [], lambda: {"x": np.zeros(1)})
+    assert "1 files of an earlier version" in caplog.text and "make clean" in caplog.text

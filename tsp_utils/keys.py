@@ -1,0 +1,303 @@
+"""Keys: what a result depends on, as 16 hex digits. Inputs by content, settings, the code called.
+
+Code counts as its syntax, so that a comment, a docstring or a type hint makes nothing old.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib
+import json
+import linecache
+import sys
+import sysconfig
+import types
+from collections.abc import Iterable
+
+import numpy as np
+
+PACKAGE = __package__
+# What keeps, draws, reports or measures time shapes no result.
+SHAPES_NOTHING = {f"{PACKAGE}.{name}" for name in (
+    "keys", "cache", "paths", "plots", "report", "bench", "__main__")}
+
+
+def key_of(inputs, *functions) -> str:
+    """16 hex digits of inputs (`plain` values) and of the code that the functions call."""
+    text = json.dumps([plain(inputs), code_of(*functions)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plain(value):
+    """A value as JSON, by content: arrays and data sets as a hash, dataclasses as their fields.
+
+    Raises TypeError for what has no content to go by, naming its type.
+    """
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if hasattr(value, "fingerprint"):
+        return value.fingerprint
+    if hasattr(value, "detach"):  # a tensor
+        value = value.detach().cpu().numpy()
+    if isinstance(value, np.ndarray):
+        content = value.tolist() if value.dtype == object else np.ascontiguousarray(value)
+        if value.dtype == object:
+            return content
+        return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name))
+                for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, Iterable):
+        return [plain(item) for item in value]
+    raise TypeError(f"An input of type {type(value).__name__} has no content that a key could be "
+                    f"made of; pass numbers, text, arrays, data sets or dataclasses of these.")
+
+
+def code_of(*functions) -> str:
+    """16 hex digits of the code of functions, classes or objects, and of all that they call.
+
+    Followed are names of this package and of the user's own modules, as they are bound now: whoever
+    replaces a function is seen. Of a class, the methods count whose names are called
+    anywhere. A registry (a dict or list of functions) is not followed: give the entry that is used.
+    """
+    return _digest(_reached(functions, set()))
+
+
+def code_called_by(source: str) -> str:
+    """16 hex digits of the code of this package that a notebook's source calls."""
+    tree = ast.parse(source)
+    package = importlib.import_module(PACKAGE)
+    names, found = set(), []
+    aliases = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases |= {(item.asname or item.name): item.name for item in node.names
+                        if item.name.partition(".")[0] == PACKAGE}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
+            for item in node.names:
+                value = _attribute(importlib.import_module(node.module), item.name)
+                if isinstance(value, types.ModuleType):
+                    aliases[item.asname or item.name] = value.__name__
+                else:
+                    found.append(value)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+            base = ast.unparse(node.value)
+            if base in aliases:
+                module = package if aliases[base] == PACKAGE else importlib.import_module(
+                    aliases[base])
+                found.append(_attribute(module, node.attr))
+    return _digest(_reached([value for value in found if value is not None], names))
+
+
+def _attribute(module, name: str):
+    """A module's attribute, or its submodule of that name; None where there is neither."""
+    with contextlib.suppress(AttributeError):
+        return getattr(module, name)
+    with contextlib.suppress(ImportError):
+        return importlib.import_module(f"{module.__name__}.{name}")
+    return None
+
+
+def _digest(reached: dict) -> str:
+    text = json.dumps(sorted(reached.values()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _reached(given, names: set) -> dict:
+    """id -> text of every function and constant that can be reached; `names` are called already."""
+    texts, kept, visited, classes, waiting = {}, [], {}, [], list(given)
+
+    def follow(value):
+        if isinstance(value, type):
+            inside = [base for base in value.__mro__ if _is_own(_root(base))]
+            classes.extend(base for base in inside if base not in classes)
+            for base in inside:
+                for name, member in vars(base).items():
+                    generated = name == "__init__" and dataclasses.is_dataclass(base)
+                    if name in names and _is_plain(member):
+                        texts[base, name] = f"{base.__qualname__}.{name} = {_text_of(member)}"
+                    elif name in names | CALLED_UNNAMED and not generated:
+                        waiting.append(member)
+        elif isinstance(value, types.ModuleType):
+            if _is_own(_root(value)) and value.__name__ not in SHAPES_NOTHING:
+                waiting.extend(vars(value)[name] for name in names & vars(value).keys())
+        elif (function := _function(value)) is not None:
+            if id(function) in texts or function.__module__ in SHAPES_NOTHING:
+                return
+            kept.append(function)
+            trees, text = _syntax(function)
+            texts[id(function)] = f"{function.__qualname__}: {text}"
+            called, used = _uses(function, trees)
+            new = called - names
+            names.update(new)
+            if new:  # classes and modules that were met before may have methods of these names
+                waiting.extend(classes)
+            for name, item in used.items():
+                if _is_plain(item):
+                    texts[name, repr(item)] = f"{name} = {_text_of(item)}"
+                elif _is_own(_root(item)):
+                    waiting.append(item)
+        elif isinstance(value, functools.partial):
+            waiting.extend([value.func, *value.args, *value.keywords.values()])
+        elif _is_own(_root(type(value))):  # an object: its class, and what was put on it by hand
+            waiting.append(type(value))
+            waiting.extend(item for item in getattr(value, "__dict__", {}).values()
+                           if isinstance(item, types.FunctionType | types.MethodType))
+
+    while waiting:
+        value = waiting.pop()
+        if visited.get(id(value)) != len(names):  # again where more names are called by now
+            visited[id(value)] = len(names)
+            kept.append(value)  # an id is a value's for as long as it lives
+            follow(value)
+    return texts
+
+
+CALLED_UNNAMED = {"__init__", "__post_init__", "__call__", "__getitem__", "__len__", "__iter__",
+                  "forward"}
+
+
+def _root(value) -> str:
+    """Top-level package of what defines a value; "" where nobody says."""
+    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(
+        value if isinstance(value, type) or _function(value) is None else _function(value),
+        "__module__", None) or getattr(type(value), "__module__", "")
+    return (name or "").partition(".")[0]
+
+
+@functools.lru_cache
+def _is_own(root: str) -> bool:
+    """Whether a top-level package is this one or the user's: versions of libraries are no keys."""
+    place = getattr(sys.modules.get(root), "__file__", None)
+    return root in (PACKAGE, "__main__") or (place is not None and not any(
+        place.startswith(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
+
+
+def _function(value):
+    """The plain function inside a method, property, wrapper or cache; None for anything else."""
+    for _ in range(20):
+        if isinstance(value, types.FunctionType):
+            inner = getattr(value, "__wrapped__", None)
+            if not isinstance(inner, types.FunctionType):
+                return value
+            value = inner
+        elif isinstance(value, property):
+            value = value.fget
+        elif isinstance(value, functools.cached_property):
+            value = value.func
+        elif isinstance(value, types.ModuleType | type):
+            return None
+        else:
+            value = getattr(value, "__func__", None) or getattr(value, "__wrapped__", None)
+    return None
+
+
+def _uses(function, trees) -> tuple[set, dict]:
+    """Names that a function mentions or calls as attributes, and its globals among them."""
+    names, used = set(), {}
+    code, waiting = function.__code__, [function.__code__]
+    while waiting:
+        code = waiting.pop()
+        names.update(code.co_names)
+        waiting += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    used |= {name: function.__globals__[name] for name in names & function.__globals__.keys()}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not bound yet
+            used[name] = cell.cell_contents
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    used |= {f"default {i}": item for i, item in enumerate(defaults) if not _is_plain(item)}
+    for node in (node for tree in trees for node in ast.walk(tree)):  # imported where it is used
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
+            module = importlib.import_module(node.module)
+            used |= {item.name: value for item in node.names
+                     if (value := _attribute(module, item.name)) is not None}
+    return names, used
+
+
+def _syntax(function) -> tuple[list, str]:
+    """A function's syntax trees and their text, or none and the text of its code object.
+
+    The tree is used where it is the code that runs: not where there is no source, and not where a
+    file was edited after it was imported.
+    """
+    code = function.__code__
+    running, trees = _trees(code.co_filename).get((code.co_name, code.co_firstlineno), (None, []))
+    return (trees, _text_of_trees(code)) if running == code else ([], _text_of_code(code))
+
+
+@functools.lru_cache(maxsize=4096)
+def _text_of_trees(code) -> str:
+    _, trees = _trees(code.co_filename)[code.co_name, code.co_firstlineno]
+    return _text_of_tree(trees)
+
+
+def _trees(filename: str) -> dict:
+    """(name, first line) -> syntax tree, code object and text of each function of a file."""
+    linecache.checkcache(filename)
+    return _trees_of("".join(linecache.getlines(filename)), filename)
+
+
+@functools.lru_cache(maxsize=256)
+def _trees_of(source: str, filename: str) -> dict:
+    try:
+        module = ast.parse(source)
+        waiting, codes = [compile(source, filename, "exec", dont_inherit=True)], {}
+    except (SyntaxError, ValueError):
+        return {}
+    while waiting:
+        code = waiting.pop()
+        codes[code.co_name, code.co_firstlineno] = code
+        waiting += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    found = {}
+    for node in ast.walk(module):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+            place = getattr(node, "name", "<lambda>"), first
+            if place in codes:
+                found.setdefault(place, (codes[place], []))[1].append(node)  # lambdas of a line
+    return found
+
+
+HAVE_NO_EFFECT = {"annotation", "returns", "type_comment", "kind", "type_params"}
+
+
+def _text_of_tree(node) -> str:
+    """A syntax tree as text, the same under all Pythons: no places, docstrings and type hints."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_text_of_tree, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    documented = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+    if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+        fields["body"] = node.body[1:]
+    inside = [f"{name}={_text_of_tree(value)}" for name, value in fields.items()
+              if value not in (None, []) and name not in HAVE_NO_EFFECT]
+    return f"{type(node).__name__}({', '.join(inside)})"
+
+
+def _text_of_code(code) -> str:
+    consts = [_text_of_code(const) if isinstance(const, types.CodeType) else repr(const)
+              for const in code.co_consts]
+    return f"{code.co_code.hex()} {consts} {code.co_names} {code.co_varnames}"
+
+
+def _is_plain(value) -> bool:
+    """Numbers, text and containers of these: constants that a result depends on."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
+    if isinstance(value, tuple | list | set | frozenset | range):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | bytes | bool | int | float | complex)
+
+
+def _text_of(value) -> str:
+    return repr(sorted(value, key=repr) if isinstance(value, set | frozenset) else value)
