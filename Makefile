@@ -3,6 +3,8 @@
 PYTHON3 ?= python3
 PROFILE ?= offline
 PRETRAIN_ARMS ?= vits16_cifar10
+# What test-quick tests: the method, as data flows, and how its results are kept and decided.
+METHOD = losses heads neighbors metrics features cache baselines rivals icbpl maps claims ledger published
 VENV_STAMP :=
 ifndef PYTHON
 PYTHON := .venv/bin/python
@@ -10,7 +12,7 @@ VENV_STAMP := .venv/.complete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce pretrain-paper test notebooks refresh figures bench clean
+.PHONY: help setup reproduce pretrain-paper test test-quick notebooks refresh figures bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +30,10 @@ test: $(VENV_STAMP)  ## lint, unit tests, and nbval over the committed notebooks
 	@$(PYTHON) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 	@$(PYTHON) -m pytest notebooks --nbval-lax --nbval-cell-timeout=1800 --ignore-glob='*/08_*' -n 2 --dist loadfile
 	@$(PYTHON) -m pytest notebooks/08_* --nbval-lax --nbval-cell-timeout=1800
+
+test-quick: $(VENV_STAMP)  ## lint and the tests of the method alone: no notebook, no rehearsal, a minute
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m pytest $(addprefix tests/test_,$(addsuffix .py,$(METHOD))) -n 2 --dist load
 
 notebooks: $(VENV_STAMP)  ## open the notebooks in JupyterLab
 	@$(PYTHON) -m jupyterlab notebooks

@@ -275,20 +275,25 @@ def test_an_error_leaves_nothing_and_a_record_comes_back(folder):
     assert cache.record("records", "run", {"seed": 0}, [], fail) == wanted
 
 
-def test_a_call_is_read_back_until_its_arguments_or_its_code_change(folder):
-    called = mock.Mock()
+@pytest.fixture
+def made(monkeypatch):
+    """Counts what is made and not read back."""
+    counted = mock.Mock(return_value="{}")
+    monkeypatch.setattr(cache, "made_with", counted)
+    return counted
 
+
+def test_a_call_is_read_back_until_its_arguments_or_its_code_change(folder, made):
     def table(x, n=2):
-        called(n)
         return pd.DataFrame({"name": ["a", "b"], "value": x[:n]})
 
     x = np.array([0.5, 1.5])
     first = cache.call(table, x)
     pd.testing.assert_frame_equal(cache.call(table, x), first)
-    assert called.call_count == 1
+    assert made.call_count == 1
     cache.call(table, x + 1)
     cache.call(table, x, n=2)
-    assert called.call_count == 3
+    assert made.call_count == 3
     assert first["value"].tolist() == [0.5, 1.5] and first["name"].tolist() == ["a", "b"]
 
 
@@ -298,3 +303,38 @@ def test_files_of_an_earlier_version_are_named_with_what_removes_them(folder, ca
     with caplog.at_level(logging.WARNING):
         cache.arrays("toys", "toy", {}, [], lambda: {"x": np.zeros(1)})
     assert "1 files of an earlier version" in caplog.text and "make clean" in caplog.text
+
+
+def test_what_a_function_takes_from_around_it_counts(folder, made):
+    around = np.arange(3.0)
+
+    def scaled():
+        return {"x": 2 * around}
+
+    assert cache.call(scaled)["x"].tolist() == [0, 2, 4] == cache.call(scaled)["x"].tolist()
+    assert made.call_count == 1
+    around = np.arange(4.0)
+    assert cache.call(scaled)["x"].tolist() == [0, 2, 4, 6] and made.call_count == 2
+    around = object()
+    with pytest.raises(TypeError, match="has no content that a key could be made of"):
+        cache.call(scaled)
+
+
+def test_a_fitted_estimator_comes_back_as_it_was(folder):
+    from tsp_utils import TSPClustering
+
+    x = np.random.default_rng(0).normal(size=(40, 6)) + 4 * np.eye(6)[np.arange(40) % 3]
+    settings = dict(n_clusters=3, n_init=2, max_epochs=3, min_steps=0, n_neighbors=5)
+    first = cache.fitted(TSPClustering(random_state=0, **settings), x)
+    again = cache.fitted(TSPClustering(random_state=0, **settings), x)
+    plainly = TSPClustering(random_state=0, **settings).fit(x)
+    for model in (first, again):
+        np.testing.assert_array_equal(model.predict(x), plainly.predict(x))
+        np.testing.assert_allclose(model.predict_proba(x), plainly.predict_proba(x))
+        np.testing.assert_allclose(model.history_["loss"], plainly.history_["loss"])
+    assert again.get_feature_names_out().tolist() == plainly.get_feature_names_out().tolist()
+    other = cache.fitted(TSPClustering(random_state=1, **settings), x)
+    assert not np.allclose(other.coef_, first.coef_)
+    assert len(list(folder.glob("fits/*.npz"))) == 2
+    cache.fitted(TSPClustering(**settings), x)  # of any seed: not kept
+    assert len(list(folder.glob("fits/*.npz"))) == 2

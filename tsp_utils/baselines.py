@@ -44,7 +44,8 @@ def run_baseline(study, fit: FeatureSet, score: FeatureSet, method: str) -> pd.D
 
     arrays, _ = cache.seeds(
         "clusterers", f"{fit.dataset}_{fit.backbone}",
-        {"method": method, "n_clusters": fit.n_clusters, "fit": fit, "score": score},
+        {"method": method, "n_clusters": fit.n_clusters, "fit": fit.fingerprint,
+         "score": score.fingerprint},
         [_clusters, Scaler.fit, Scaler.transform], study.seeds, make)
     return score_clusters(study, fit, score, {method: lambda _: arrays["clusters"]}, only="test")
 

@@ -21,7 +21,13 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from tsp_utils.keys import code_called_by, code_of, key_of, plain  # noqa: F401 (asked for here)
+from tsp_utils.keys import (  # noqa: F401 (the runner asks here)
+    code_called_by,
+    code_of,
+    data_of,
+    key_of,
+    plain,
+)
 from tsp_utils.paths import cache_dir, write_json, write_whole
 
 logger = logging.getLogger(__name__)
@@ -68,12 +74,13 @@ def record(folder: str, label: str, inputs, functions, make: Callable) -> dict:
 def call(function: Callable, *arguments, **named):
     """function(*arguments, **named), a table or arrays by name; read back when nothing changed.
 
-    Keyed by the arguments' content and the code that is called. Tables are data frames.
+    Keyed by the code that is called and by content: of the arguments, and of the variables that the
+    function takes from around it. Tables are data frames. Raises TypeError where one of these has
+    no content to go by.
     """
     import pandas as pd
 
-    inputs = [[plain(item) for item in arguments],
-              {name: plain(item) for name, item in named.items()}]
+    inputs = [list(arguments), named, data_of(function)]
 
     def make() -> dict:
         found = function(*arguments, **named)
@@ -85,6 +92,34 @@ def call(function: Callable, *arguments, **named):
     if found and all(name.startswith("column ") for name in found):
         return pd.DataFrame({name.removeprefix("column "): value for name, value in found.items()})
     return found
+
+
+def fitted(estimator, X):
+    """A scikit-learn estimator, fitted on X [N, D] now or the last time it was: what it learned.
+
+    Keyed by its parameters, X and the code of its `fit`. Without a random_state it is fitted anew.
+    """
+    if estimator.get_params().get("random_state", 0) is None:
+        return estimator.fit(X)
+
+    def make() -> dict:
+        learned = vars(estimator.fit(X))
+        flat = {name: value for name, value in learned.items() if name.endswith("_")}
+        for name, value in list(flat.items()):
+            if isinstance(value, dict):
+                flat |= {f"{name}/{part}": item for part, item in flat.pop(name).items()}
+        return flat
+
+    inputs = [type(estimator).__name__, estimator.get_params(), np.asarray(X)]
+    for name, value in arrays("fits", type(estimator).__name__, inputs,
+                              [type(estimator).fit], make).items():
+        whole, _, part = name.partition("/")
+        value = value if value.ndim else value.item()
+        if part:
+            vars(estimator).setdefault(whole, {})[part] = value
+        else:
+            setattr(estimator, whole, value)
+    return estimator
 
 
 class _entry(contextlib.AbstractContextManager):

@@ -81,7 +81,7 @@ def run_heads(study, fit: FeatureSet, score: FeatureSet) -> HeadRuns:
     settings = settings_of(study, fit)
     centers, scaler = fit_kmeans(study, fit)
     arrays, n_read = cache.seeds(
-        "heads", f"{fit.dataset}_{fit.backbone}", _inputs(settings, HEAD_SETTINGS, fit),
+        "heads", f"{fit.dataset}_{fit.backbone}", _inputs(settings, HEAD_SETTINGS),
         CODE, study.seeds,
         lambda seeds: fit_heads(study, fit, scaler, centers[list(seeds)], seeds))
     curves = {name.removeprefix("curve_"): arrays[name].T for name in arrays if "curve_" in name}
@@ -138,7 +138,7 @@ def fit_kmeans(study, fit: FeatureSet) -> tuple[np.ndarray, Scaler]:
     scaler = Scaler(study.scaling).fit(fit.features)
     arrays, _ = cache.seeds(
         "kmeans", f"{fit.dataset}_{fit.backbone}",
-        _inputs(settings_of(study, fit), KMEANS_SETTINGS, fit),
+        _inputs(settings_of(study, fit), KMEANS_SETTINGS),
         [kmeans, Scaler.fit, Scaler.transform], study.seeds,
         lambda seeds: {"centers": kmeans(scaler.transform(fit.features), fit.n_clusters, seeds,
                                          device=find_device()).centers})
@@ -155,8 +155,8 @@ def settings_of(study, fit: FeatureSet) -> dict:
         dim=fit.features.shape[1], fit=fit.fingerprint)
 
 
-def _inputs(settings: dict, names, fit: FeatureSet) -> dict:
-    return {name: settings[name] for name in names} | {"fit": fit, "n_clusters": fit.n_clusters}
+def _inputs(settings: dict, names) -> dict:
+    return {name: settings[name] for name in (*names, "fit", "n_clusters")}  # no labels
 
 
 def code_of_heads() -> str:

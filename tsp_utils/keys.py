@@ -39,8 +39,12 @@ def plain(value):
         return value
     if isinstance(value, np.generic):
         return value.item()
-    if hasattr(value, "fingerprint"):
-        return value.fingerprint
+    if hasattr(value, "fingerprint"):  # images or features, with their labels
+        return [value.fingerprint, plain(value.labels)]
+    if hasattr(value, "describe"):  # a backbone
+        return plain(value.describe())
+    if hasattr(value, "state_dict"):  # a network
+        return plain(value.state_dict())
     if hasattr(value, "detach"):  # a tensor
         value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray):
@@ -67,6 +71,16 @@ def code_of(*functions) -> str:
     anywhere. A registry (a dict or list of functions) is not followed: give the entry that is used.
     """
     return _digest(_reached(functions, set()))
+
+
+def data_of(function) -> dict:
+    """What a function of the user's takes from its notebook or module beside its arguments.
+
+    name -> value of the variables that it, and the functions beside it that it calls, mention.
+    """
+    data = {}
+    _reached([function], set(), data)
+    return data
 
 
 def code_called_by(source: str) -> str:
@@ -111,8 +125,11 @@ def _digest(reached: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _reached(given, names: set) -> dict:
-    """id -> text of every function and constant that can be reached; `names` are called already."""
+def _reached(given, names: set, data: dict | None = None) -> dict:
+    """id -> text of every function and constant that can be reached; `names` are called already.
+
+    data takes the variables that functions outside this package mention.
+    """
     texts, kept, visited, classes, waiting = {}, [], {}, [], list(given)
 
     def follow(value):
@@ -128,7 +145,8 @@ def _reached(given, names: set) -> dict:
                         waiting.append(member)
         elif isinstance(value, types.ModuleType):
             if _is_own(_root(value)) and value.__name__ not in SHAPES_NOTHING:
-                waiting.extend(vars(value)[name] for name in names & vars(value).keys())
+                there = vars(value).keys() | set(getattr(value, "__all__", ()))  # or loaded lazily
+                waiting.extend(getattr(value, name) for name in names & there)
         elif (function := _function(value)) is not None:
             if id(function) in texts or function.__module__ in SHAPES_NOTHING:
                 return
@@ -143,8 +161,12 @@ def _reached(given, names: set) -> dict:
             for name, item in used.items():
                 if _is_plain(item):
                     texts[name, repr(item)] = f"{name} = {_text_of(item)}"
-                elif _is_own(_root(item)):
+                    continue
+                if _is_own(_root(item)):
                     waiting.append(item)
+                is_code = isinstance(item, types.ModuleType | type) or _function(item) is not None
+                if data is not None and not is_code and _root(function) != PACKAGE:
+                    data[name] = item
         elif isinstance(value, functools.partial):
             waiting.extend([value.func, *value.args, *value.keywords.values()])
         elif _is_own(_root(type(value))):  # an object: its class, and what was put on it by hand

@@ -111,8 +111,9 @@ def read_evidence(study, claims: Sequence[Claim] = CLAIMS) -> list[Evidence]:
     mixed = [path.name for path, record in records.items()
              if record["stamp"] != stamps[path.name[:2]]]
     if mixed:
+        more = f" and {len(mixed) - 3} more" if len(mixed) > 3 else ""
         raise ValueError(f"Evidence of other settings, or of notebooks that have changed since, "
-                         f"lies in {study.profile}: {', '.join(mixed)}; {again} again.")
+                         f"lies in {study.profile}: {', '.join(mixed[:3])}{more}; {again} again.")
     cells = [(path.name[:2], Evidence(**{key: record[key] for key in record if key != "stamp"}))
              for path, record in records.items()]
     return [cell for _, cell in sorted(cells, key=lambda found: (

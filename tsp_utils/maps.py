@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from tsp_utils import cache
 from tsp_utils.neighbors import nearest_neighbors
 
 
@@ -16,13 +17,20 @@ def umap_points(features: np.ndarray, n_points: int, seed: int = 0):
     """
     n_points = min(n_points, len(features))
     chosen = np.sort(np.random.default_rng(seed).choice(len(features), n_points, replace=False))
+    vectors = np.asarray(features[chosen])
+    found = cache.arrays("maps", f"umap_{len(vectors)}", [vectors, seed], [_umap],
+                         lambda: {"points": _umap(vectors, seed)})
+    return chosen, found["points"]
+
+
+def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
     with _threads_kept(), warnings.catch_warnings():
         from umap import UMAP  # takes seconds
 
         # "n_jobs overridden by random_state" is what we ask for, and no new points are mapped.
         warnings.simplefilter("ignore")
-        return chosen, UMAP(metric="cosine", random_state=seed, precomputed_knn=_umap_neighbors(
-            features[chosen])).fit_transform(features[chosen])
+        return UMAP(metric="cosine", random_state=seed,
+                    precomputed_knn=_umap_neighbors(vectors)).fit_transform(vectors)
 
 
 def _umap_neighbors(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
