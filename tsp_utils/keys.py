@@ -84,7 +84,7 @@ def data_of(function) -> dict:
 
 
 def code_called_by(source: str) -> str:
-    """16 hex digits of the code of this package that a notebook's source calls."""
+    """16 hex digits of the code of this package that a notebook's source calls, registries too."""
     tree = ast.parse(source)
     package = importlib.import_module(PACKAGE)
     names, found = set(), []
@@ -108,7 +108,8 @@ def code_called_by(source: str) -> str:
                 module = package if aliases[base] == PACKAGE else importlib.import_module(
                     aliases[base])
                 found.append(_attribute(module, node.attr))
-    return _digest(_reached([value for value in found if value is not None], names))
+    return _digest(_reached([value for value in found if value is not None], names,
+                            registries=True))
 
 
 def _attribute(module, name: str):
@@ -125,10 +126,11 @@ def _digest(reached: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _reached(given, names: set, data: dict | None = None) -> dict:
+def _reached(given, names: set, data: dict | None = None, registries: bool = False) -> dict:
     """id -> text of every function and constant that can be reached; `names` are called already.
 
-    data takes the variables that functions outside this package mention.
+    data takes the variables that functions outside this package mention; registries are followed
+    where that is asked for.
     """
     texts, kept, visited, classes, waiting = {}, [], {}, [], list(given)
 
@@ -162,11 +164,14 @@ def _reached(given, names: set, data: dict | None = None) -> dict:
                 if _is_plain(item):
                     texts[name, repr(item)] = f"{name} = {_text_of(item)}"
                     continue
-                if _is_own(_root(item)):
+                if _is_own(_root(item)) or isinstance(item, dict | list | tuple):
                     waiting.append(item)
                 is_code = isinstance(item, types.ModuleType | type) or _function(item) is not None
                 if data is not None and not is_code and _root(function) != PACKAGE:
                     data[name] = item
+        elif isinstance(value, dict | list | tuple):
+            if registries:
+                waiting.extend(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, functools.partial):
             waiting.extend([value.func, *value.args, *value.keywords.values()])
         elif _is_own(_root(type(value))):  # an object: its class, and what was put on it by hand

@@ -1,0 +1,69 @@
+"""What an edit makes old: the table in docs/architecture.md, worked out from what is reached."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tsp_utils import keys
+from tsp_utils.backbones import load_backbone
+from tsp_utils.features import _feature_batches, code_that_sees
+from tsp_utils.head_runs import CODE
+from tsp_utils.heads import Scaler, kmeans
+
+ROOT = Path(__file__).resolve().parent.parent
+EDITS = {
+    "a docstring, a comment, a type hint": None,
+    "a plot's colour (`plots`), the page (`report`)": "plot_ledger",
+    "`losses.tsp_loss`": "tsp_loss",
+    "`Backbone.prepare`": "Backbone.prepare",
+    "`PatchKMeans.forward`": "PatchKMeans.forward",
+    "`neighbors.neighbor_weights` (Eq. 4)": "neighbor_weights",
+    "`heads.kmeans`": "kmeans",
+    "`baselines._clusters`": "_clusters",
+    "`rivals.cc`, a rival's loss": "cc",
+    "`metrics.clustering_metrics`": "clustering_metrics",
+    "`claims.decide`": "decide",
+    "`cluster_folder.write_csv`": "write_csv",
+}
+
+
+@pytest.fixture(scope="module")
+def reached():
+    """Qualified names that each kind of result, and each notebook, reaches."""
+    network = load_backbone("patch_kmeans", device="cpu")
+    found = {"features": [_feature_batches, *code_that_sees(network, None)],
+             "K-means": [kmeans, Scaler.fit, Scaler.transform], "heads": CODE}
+    names = {what: names_in(keys._reached(functions, set())) for what, functions in found.items()}
+    texts, digest = {}, keys._digest
+    keys._digest = lambda reached: names_in(reached)
+    try:
+        for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            texts[path.stem[:2]] = keys.code_called_by("\n".join(
+                "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
+    finally:
+        keys._digest = digest
+    return names, texts
+
+
+def names_in(reached: dict) -> set[str]:
+    return {text.split(":")[0].split(" = ")[0] for text in reached.values()}
+
+
+def test_the_table_of_edits_is_what_is_reached(reached):
+    kinds, notebooks = reached
+    lines = []
+    for edit, name in EDITS.items():
+        old = ["yes" if name in kinds[kind] else "" for kind in ("features", "K-means", "heads")]
+        rerun = [number for number, names in notebooks.items() if name in names]
+        lines.append(f"| {edit} | {' | '.join(old)} | {', '.join(rerun) or 'none'} |")
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert "\n".join(lines) in page, "\n" + "\n".join(lines)
+
+
+def test_edits_of_what_trains_reach_far_and_edits_of_what_draws_reach_nothing(reached):
+    kinds, notebooks = reached
+    assert {"03", "04", "05"} <= {n for n, names in notebooks.items() if "tsp_loss" in names}
+    for nothing in ("plot_ledger", "report", "set_style", "bench"):
+        assert not any(nothing in names for names in [*kinds.values(), *notebooks.values()])
