@@ -159,7 +159,7 @@ def test_the_table_pairs_by_seed():
     lines = heads_markdown(heads_table(rows), probes)
     tsp, scan = (f"{acc[m].mean():.1f} ± {acc[m].std():.1f}" for m in ("tsp", "scan"))
     assert f"| tsp | {tsp} |" in lines and f"| scan | {scan} (=) |" in lines
-    assert "| gmm | not run |" in lines and "probe, with labels* | 50.0 |" in lines
+    assert "| gmm | not run |" in lines and "probe, with labels* | 50.00 |" in lines
 
 
 def test_tuning_sets_emptied_clusters_aside(study, monkeypatch):

@@ -4,7 +4,6 @@ import json
 import logging
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,7 +23,6 @@ from tsp_utils.heads import (
 )
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.neighbors import nearest_neighbors
-from tsp_utils.paths import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +93,7 @@ def run_heads(study, fit: FeatureSet, score: FeatureSet) -> HeadRuns:
                    float(arrays["seconds"].sum()))
     table = score_clusters(study, fit, score,
                             {"k-means": run.kmeans_clusters, "head": run.head_clusters})
-    _write_record(study.run_dir / "records", run, table, arrays["made_with"].tolist())
+    _leave_record(study, run, table, arrays["made_with"].tolist())
     return replace(run, table=table)
 
 
@@ -177,7 +175,7 @@ def score_clusters(study, fit: FeatureSet, score: FeatureSet, methods: dict,
         for seed, clusters in zip(study.seeds, cluster(found.features), strict=True)])
 
 
-def _write_record(folder: Path, run: HeadRuns, table: pd.DataFrame, made_with: list[str]) -> None:
+def _leave_record(study, run: HeadRuns, table: pd.DataFrame, made_with: list[str]) -> None:
     """The JSON of one setting; versions, machine and device are those of the training.
 
     Usually one entry of made_with; more where seeds were added later, with other versions.
@@ -191,7 +189,8 @@ def _write_record(folder: Path, run: HeadRuns, table: pd.DataFrame, made_with: l
         "metrics": table.round(4).to_dict("records"),
     }
     name = f"{settings['dataset']}_{settings['backbone']}_{cache.key_of([settings, code])}.json"
-    write_json(folder / cache.file_name(name), record, indent=1)
+    study.leave(f"records/{cache.file_name(name)}",
+                lambda file: file.write(json.dumps(record, indent=1).encode()))
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:

@@ -300,7 +300,7 @@ def heads_markdown(table: pd.DataFrame, probes: pd.DataFrame) -> str:
         lines.append(f"| {method} | {' | '.join(row)} |")
     bound = probes.set_index(["dataset", "backbone"])["acc"]
     lines.append("| *linear probe, with labels* | " + " | ".join(
-        f"{bound[cell]:.1f}" for cell in cells) + " |")
+        f"{bound[cell]:.2f}" for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
