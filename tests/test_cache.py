@@ -305,6 +305,23 @@ def test_files_of_an_earlier_version_are_named_with_what_removes_them(folder, ca
     assert "1 files of an earlier version" in caplog.text and "make clean" in caplog.text
 
 
+def test_tables_dataclasses_and_single_values_come_back_as_they_were(folder, made):
+    from tsp_utils import knn_accuracy, nearest_neighbors
+
+    x = np.random.default_rng(0).normal(size=(30, 4))
+    labels = np.arange(30) % 3
+    for function, arguments in ((nearest_neighbors, (x, 5)), (knn_accuracy, (x, labels))):
+        plainly = function(*arguments)
+        for _ in range(2):
+            found = cache.call(function, *arguments)
+            assert type(found) is type(plainly)
+    assert found == plainly and made.call_count == 2
+    found, plainly = cache.call(nearest_neighbors, x, 5), nearest_neighbors(x, 5)
+    np.testing.assert_array_equal(found.indices, plainly.indices)
+    np.testing.assert_array_equal(found.distances, plainly.distances)
+    assert found.metric == "cosine"
+
+
 def test_what_a_function_takes_from_around_it_counts(folder, made):
     around = np.arange(3.0)
 

@@ -1,5 +1,6 @@
 """The README and the guide say what the figures say, and name commands that exist."""
 
+import json
 import re
 from pathlib import Path
 
@@ -76,3 +77,17 @@ def test_every_target_and_file_it_names_exists():
         assert re.search(rf"^{target}:", makefile, re.M), f"make {target} is no target"
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / path).exists(), f"{path} is linked and not there"
+
+
+def test_times_of_notebooks_are_those_of_their_metadata():
+    """One place says how long a notebook takes; its head and this table repeat it."""
+    def said(seconds):
+        return f"{seconds} s" if seconds <= 200 else f"{round(seconds / 60)} min"
+
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        seconds = notebook["metadata"]["tsp"]["seconds"]
+        row = re.search(rf"^\| \[{path.stem}\].*$", README, re.M)[0]
+        assert row.endswith(f"| {seconds['offline']} s | {said(seconds['small'])} |"), row
+        head = "".join(notebook["cells"][0]["source"])
+        assert f"{seconds['offline']} s in `offline` and {said(seconds['small'])} in" in head

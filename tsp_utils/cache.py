@@ -6,8 +6,10 @@ at a time; one that does not match its description is named and made again.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import platform
@@ -72,26 +74,34 @@ def record(folder: str, label: str, inputs, functions, make: Callable) -> dict:
 
 
 def call(function: Callable, *arguments, **named):
-    """function(*arguments, **named), a table or arrays by name; read back when nothing changed.
+    """function(*arguments, **named), or what it returned the last time, if nothing has changed.
 
     Keyed by the code that is called and by content: of the arguments, and of the variables that the
-    function takes from around it. Tables are data frames. Raises TypeError where one of these has
-    no content to go by.
+    function takes from around it. It returns a data frame, arrays by name, a dataclass of arrays or
+    one value. Raises TypeError where an input has no content to go by.
     """
     import pandas as pd
-
-    inputs = [list(arguments), named, data_of(function)]
 
     def make() -> dict:
         found = function(*arguments, **named)
         if isinstance(found, pd.DataFrame):
-            return {f"column {name}": np.asarray(found[name].tolist()) for name in found}
-        return found
+            return {"kind": "table"} | {f" {name}": found[name].tolist() for name in found}
+        if dataclasses.is_dataclass(found):
+            return {"kind": f"{type(found).__module__} {type(found).__qualname__}"} | {
+                f" {name}": value for name, value in vars(found).items()}
+        found = found if isinstance(found, dict) else {"": found}
+        return {"kind": "arrays"} | {f" {name}": value for name, value in found.items()}
 
-    found = arrays("calls", function.__qualname__, inputs, [function], make)
-    if found and all(name.startswith("column ") for name in found):
-        return pd.DataFrame({name.removeprefix("column "): value for name, value in found.items()})
-    return found
+    found = arrays("calls", function.__qualname__, [list(arguments), named, data_of(function)],
+                   [function], make)
+    kind = found.pop("kind").item()
+    found = {name[1:]: value if value.ndim else value.item() for name, value in found.items()}
+    if kind == "table":
+        return pd.DataFrame(found)
+    if kind == "arrays":
+        return found[""] if list(found) == [""] else found
+    module, name = kind.split(" ")
+    return getattr(importlib.import_module(module), name)(**found)
 
 
 def fitted(estimator, X):

@@ -59,6 +59,8 @@ def plain(value):
         return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, Iterable):
         return [plain(item) for item in value]
+    if _is_own(_root(type(value))) and getattr(value, "__dict__", None):
+        return {type(value).__name__: plain(vars(value))}
     raise TypeError(f"An input of type {type(value).__name__} has no content that a key could be "
                     f"made of; pass numbers, text, arrays, data sets or dataclasses of these.")
 
