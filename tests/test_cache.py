@@ -193,6 +193,7 @@ def test_every_function_of_the_package_has_a_tree_that_is_what_runs():
 def test_inputs_count_by_content():
     x = np.arange(6.0).reshape(2, 3)
     assert key_of({"x": x}) == key_of({"x": x[::1].copy()}) == key_of({"x": np.asfortranarray(x)})
+    assert key_of(slice(None)) != key_of(slice(3)) and key_of(np.float32(1)) == key_of(1.0)
     different = [x.T, x.astype(np.float32), x + 1, x.reshape(3, 2)]
     assert len({key_of({"x": each}) for each in [x, *different]}) == 5
     with pytest.raises(TypeError, match="input of type object has no content"):

@@ -39,6 +39,8 @@ def plain(value):
         return value
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, slice):
+        return ["slice", value.start, value.stop, value.step]
     if hasattr(value, "fingerprint"):  # images or features, with their labels
         return [value.fingerprint, plain(value.labels)]
     if hasattr(value, "describe"):  # a backbone
