@@ -323,6 +323,17 @@ def test_tables_dataclasses_and_single_values_come_back_as_they_were(folder, mad
     assert found.metric == "cosine"
 
 
+teacher, network = np.arange(2), mock.Mock()
+
+
+def reads_an_attribute():
+    return network.teacher
+
+
+def test_a_variable_counts_and_an_attribute_of_its_name_does_not():
+    assert keys.data_of(reads_an_attribute) == {"network": network}
+
+
 def test_what_a_function_takes_from_around_it_counts(folder, made):
     around = np.arange(3.0)
 

@@ -6,6 +6,7 @@ Code counts as its syntax, so that a comment, a docstring or a type hint makes n
 import ast
 import contextlib
 import dataclasses
+import dis
 import functools
 import hashlib
 import importlib
@@ -171,7 +172,8 @@ def _reached(given, names: set, data: dict | None = None, registries: bool = Fal
                 if _is_own(_root(item)) or isinstance(item, dict | list | tuple):
                     waiting.append(item)
                 is_code = isinstance(item, types.ModuleType | type) or _function(item) is not None
-                if data is not None and not is_code and _root(function) != PACKAGE:
+                if data is not None and not is_code and _root(function) != PACKAGE and (
+                        name in _variables(function.__code__)):
                     data[name] = item
         elif isinstance(value, dict | list | tuple):
             if registries:
@@ -251,6 +253,15 @@ def _uses(function, trees) -> tuple[set, dict]:
             used |= {item.name: value for item in node.names
                      if (value := _attribute(module, item.name)) is not None}
     return names, used
+
+
+@functools.lru_cache(maxsize=256)
+def _variables(code) -> frozenset:
+    """Names that code loads as variables of its module or closure, not as attributes."""
+    found = {step.argval for step in dis.get_instructions(code)
+             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLOSURE")}
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return frozenset(found.union(code.co_freevars, *map(_variables, inner)))
 
 
 def _syntax(function) -> tuple[list, str]:
