@@ -21,7 +21,7 @@ from tsp_utils.bundle import (
 )
 from tsp_utils.datasets import ImageDataset, load_dataset
 from tsp_utils.feature_sets import load_vectors
-from tsp_utils.features import extract_features
+from tsp_utils.features import cached_features
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.paths import bundled_dir, data_dir
 
@@ -64,7 +64,7 @@ def test_what_ships_stays_small():
 @each
 def test_fashion_mnist_figure_of_the_card(name):
     images = load_dataset("fashion-mnist", "test")
-    features = extract_features(load_backbone(name, "cpu"), images.images, progress=False)
+    features = cached_features(load_backbone(name, "cpu"), images, progress=False)
     found = 100 * knn_accuracy(features, images.labels)
     assert found == pytest.approx(card(name)["knn"]["fashion-mnist test, leave-one-out"], abs=0.5)
 
@@ -83,7 +83,7 @@ def test_figures_of_the_card_that_want_images(name, data, scored):
     """CIFAR-10's of C6's pair, and in domain those of C1's and C5's, on which these depend."""
     network = load_backbone(name, "cpu")
     train, test = (images_at_hand(data, split) for split in ("train", scored))
-    vectors = [extract_features(network, images.images, progress=False) for images in (train, test)]
+    vectors = [cached_features(network, images, progress=False) for images in (train, test)]
     found = 100 * knn_accuracy(vectors[0], train.labels, vectors[1], test.labels)
     assert found == pytest.approx(card(name)["knn"][f"{data}, train to {scored}"], abs=0.5)
 
