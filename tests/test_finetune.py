@@ -66,7 +66,7 @@ def test_the_loss_falls_further_than_with_a_frozen_backbone(start):
         nearest = nearest_neighbors(x, 20).indices[:, 0]
         with torch.no_grad():
             logits = head(torch.from_numpy(x))[0]
-            return float(tsp_loss(logits, logits[nearest]))
+            return float(tsp_loss(logits, logits[nearest])[0])
 
     assert loss_after("backbone") < loss_after("nothing") - 0.1
 
