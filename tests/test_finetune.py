@@ -1,5 +1,7 @@
 """Fine-tuning: the frozen arm moves nothing, the others what they name, and the loss falls."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -99,18 +101,18 @@ def test_full_runs_share_their_start_and_are_resumed(monkeypatch, tmp_path):
             slice(0, 400) if split == "train" else slice(400, 600))
 
     for name, value in dict(load_dataset=load, N_IMAGES=300, N_SEEDS=1, MAP_POINTS=50,
-                            runs_dir=lambda: tmp_path / "runs",
                             bundled_dir=lambda: tmp_path).items():
         monkeypatch.setattr(finetuning_runs, name, value)
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(finetuning_runs, "VARIANTS", {
         "frozen": (1, dict(trained="nothing", n_epochs=1)), "1e-4": (1, dict(n_epochs=1))})
     (tmp_path / "readouts").mkdir()
-    records = finetuning_runs.json.loads(finetuning_runs.run_finetuning().read_text())
+    records = json.loads(finetuning_runs.run_finetuning().read_text())
     assert [r["variant"] for r in records] == ["frozen", "1e-4"]
     assert records[0]["epochs"][0] == records[1]["epochs"][0]  # the same start
     assert records[0]["epochs"][0]["consistency"] == records[0]["epochs"][1]["consistency"]
     assert records[1]["epochs"][0]["consistency"] != records[1]["epochs"][1]["consistency"]
     assert finetuning_runs.map_path().exists()
-    monkeypatch.setattr(finetuning_runs, "finetune", None)  # any run would fail
-    again = finetuning_runs.json.loads(finetuning_runs.run_finetuning().read_text())
+    monkeypatch.setattr("tsp_utils.cache.made_with", None)  # any run would fail
+    again = json.loads(finetuning_runs.run_finetuning().read_text())
     assert again == records

@@ -202,7 +202,8 @@ def run_finetuning_map(backbone_name: str = "vit_nano_cpu", runs=None) -> Path:
 
             where = "source" if with_source else "target"
             name = f"map {loss} {n_blocks} {rate:g} {where} {seed}"
-            records.append(wanted | cache.record("records", name, wanted, [], make))
+            inputs = [wanted, images.fingerprint, test.fingerprint]
+            records.append(wanted | cache.record("records", name, inputs, [], make))
             logger.info("%s: %s", name, records[-1]["epochs"][-1])
     return write_lines(records_path(), records)
 
