@@ -142,7 +142,11 @@ def test_a_notebooks_calls_add_up_and_a_cell_run_again_changes_nothing(study):
     assert ledger(found).set_index("id").loc["C6", "verdict"] == "does not hold"
     save_evidence(study, "05", [cell("C6", name="another notebook's")])
     assert [c.cell for c in read_evidence(study)][-2:] == ["another notebook's", ""]
-    with pytest.raises(ValueError, match=r"same name \(04_C6_at-1, 04_C6_at-1\); name each by"):
+    # C3's cells are the networks and targets, and the strongest K-means may be the same one.
+    save_evidence(study, "04", [cell("C3", name="head - K-means", backbone=b, target=t)
+                                for b in ("vit", "resnet") for t in ("cifar10", "stl10")])
+    assert len([c for c in read_evidence(study) if c.claim == "C3"]) == 4
+    with pytest.raises(ValueError, match=r"same name \(04_C6_at-1_vit_cifar10, .*\); name each by"):
         save_evidence(study, "04", [cell("C6", name="at 1"), cell("C6", name="at, 1")])
 
 
@@ -151,11 +155,12 @@ def test_evidence_of_other_settings_is_named_and_refused(study):
         read_evidence(study)
     save_evidence(study, "04", [cell("C9")])
     save_evidence(study, "05", [cell("C8")])
-    path = study.run_dir / "claims" / "05_C8.json"
+    path = study.run_dir / "claims" / "05_C8_vit_cifar10.json"
     record = json.loads(path.read_text())
     record["stamp"]["study"] = "another study"
     path.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"in tiny: 05_C8\.json; run make reproduce PROFILE=tiny "
+    with pytest.raises(ValueError, match=r"in tiny: 05_C8_vit_cifar10\.json; run make reproduce "
+                                         r"PROFILE=tiny "
                                          r"again\.$"):
         read_evidence(study)
     path.unlink()
@@ -167,12 +172,14 @@ def test_evidence_of_a_notebook_that_changed_is_refused_until_it_leaves_it_anew(
     save_evidence(study, "05", [cell("C8")])
     path = run.NOTEBOOKS / "04_x.ipynb"
     path.write_text(path.read_text().replace("1 + 1", "1 + 2"))
-    with pytest.raises(ValueError, match=r"in tiny: 04_C12_dropped-later\.json, 04_C9\.json; run"):
+    with pytest.raises(ValueError, match=r"in tiny: 04_C12_dropped-later_vit_cifar10\.json, "
+                                         r"04_C9_vit_cifar10\.json; run"):
         read_evidence(study)
     save_evidence(study, "04", [cell("C9")])
     assert [c.claim for c in read_evidence(study)] == ["C8", "C9"]
     monkeypatch.setattr(run, "code_called_by", lambda source: "another loss")
-    with pytest.raises(ValueError, match=r"in tiny: 04_C9\.json, 05_C8\.json; run"):
+    with pytest.raises(ValueError, match=r"in tiny: 04_C9_vit_cifar10\.json, "
+                                         r"05_C8_vit_cifar10\.json; run"):
         read_evidence(study)
 
 

@@ -81,8 +81,8 @@ def save_evidence(study, notebook: str, cells: Sequence[Evidence]) -> pd.DataFra
             kept[path.stem] = record["order"]
         else:
             path.unlink()  # of an earlier version, which no ledger would take
-    names = [re.sub(r"[^\w]+", "-", f"{notebook}_{cell.claim}_{cell.cell}").strip("-_")
-             for cell in cells]
+    parts = [(notebook, cell.claim, cell.cell, cell.backbone, cell.target) for cell in cells]
+    names = [re.sub(r"[^\w]+", "-", "_".join(filter(None, part))).strip("-_") for part in parts]
     if len(set(names)) < len(names):
         raise ValueError(f"Two cells of one claim have the same name ({', '.join(sorted(names))}); "
                          f"name each by what it compares.")
