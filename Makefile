@@ -31,7 +31,7 @@ test: $(VENV_STAMP)  ## lint, unit tests, and nbval over the committed notebooks
 	@$(PYTHON) -m pytest notebooks --nbval-lax --nbval-cell-timeout=1800 --ignore-glob='*/08_*' -n 2 --dist loadfile
 	@$(PYTHON) -m pytest notebooks/08_* --nbval-lax --nbval-cell-timeout=1800
 
-test-quick: $(VENV_STAMP)  ## lint and the tests of the method alone: no notebook, no rehearsal, a minute
+test-quick: $(VENV_STAMP)  ## lint and the tests of the method alone: no notebook, no rehearsal
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m pytest $(addprefix tests/test_,$(addsuffix .py,$(METHOD))) -n 2 --dist load
 
