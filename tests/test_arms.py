@@ -223,9 +223,13 @@ def test_networks_of_a_size_of_their_own_see_images_at_that_size():
     assert [tuple(shape) for shape in seen] == [(40, 3, 64, 64)]
 
 
-@pytest.mark.parametrize("name, expected", [("vit_mini", 9), ("vits16_cifar10", 115)])
+@pytest.mark.parametrize("name, expected", [("vit_mini", 4.63), ("vits16_cifar10", 115)])
 def test_the_operations_of_an_image_are_about_those_of_the_arithmetic(name, expected):
-    """Estimates made without a counter: the design's for ViT-Ti, docs' for ViT-S."""
+    """Estimates made without a counter: docs' for ViT-S; ViT-Ti's by hand, two a product.
+
+    416 tokens count (teacher 2 x 37 once, student 2 x 37 and 4 x 10 three times), each 12 blocks
+    of 12 x 192^2 products (4.42 GFLOP) and attention (0.11); 20 views pass a head of 2.56 M (0.10).
+    """
     assert gflop_per_image(ARMS[name]) == pytest.approx(expected, rel=0.05)
 
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from tsp_utils.datasets import ImageDataset, load_dataset
 from tsp_utils.feature_sets import load_vectors
 from tsp_utils.features import cached_features
 from tsp_utils.neighbors import knn_accuracy
-from tsp_utils.paths import bundled_dir, data_dir
+from tsp_utils.paths import REPOSITORY, bundled_dir, data_dir
 
 each = pytest.mark.parametrize("name", PRETRAINED)
 
@@ -96,6 +97,21 @@ def test_read_outs_are_of_three_checkpoints_and_agree_with_the_vectors(name):
     found = load_vectors("cifar10", name)
     assert 100 * knn_accuracy(found.features, found.labels) == pytest.approx(
         records[-1]["knn_leave_one_out"], abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["vit_mini", "vit_mini_cifar10_4k", "resnet_mini"])
+def test_the_table_of_the_mini_arms_is_their_records(name):
+    """Trained on a GPU, and bundled as read-outs alone."""
+    page = (REPOSITORY / "docs" / "pretraining.md").read_text()
+    rows = re.findall(rf"^\| `{name}` \| (\w+).* \| ([\d.]+) \| (\S+ \+- \S+) \| (\S+ \+- \S+) \|$",
+                      page, re.M)
+    records = readouts(name)
+    assert len(rows) == len(records)
+    for (mark, consistency, *accuracies), record in zip(rows, records, strict=True):
+        acc = [np.array(record[method]["acc"]) for method in ("k-means", "head")]
+        assert record["checkpoint"] == mark
+        assert consistency == f"{record['consistency']['20']:.1f}"
+        assert accuracies == [f"{a.mean():.1f} +- {a.std(ddof=1):.1f}" for a in acc]
 
 
 @pytest.mark.parametrize("name", VECTOR_BACKBONES)
