@@ -276,3 +276,15 @@ def test_equivalence_without_all_five_is_not_tested():
     del records[15]
     v = decide_equivalence(records)
     assert (v.verdict, v.n) == ("not tested", 0) and "K = 15" in v.qualifier
+
+
+def test_the_flips_of_many_pairs_are_drawn_once(tmp_path, monkeypatch):
+    """A ledger decides every cell several times, and 100,000 flips of 10,000 pairs take seconds."""
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path))
+    d = np.random.default_rng(0).standard_normal(40) + 0.3
+    first = decide(d, 1.0)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "calls").glob("*.npz")}
+    assert len(kept) == 1 and first.p == claims.sign_flip_p(d)
+    assert decide(d, 0.5).p == first.p
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "calls").glob("*.npz")}
+    assert decide(d + 0.1, 1.0).p != first.p

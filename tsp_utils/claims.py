@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
+from tsp_utils import cache
+
 ANALOGUE, NOT_HERE = "analogue at 32 px", "not testable here"
 
 
@@ -147,6 +149,11 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     return float(found.pvalue)
 
 
+def _flipped(d: np.ndarray) -> float:
+    """sign_flip_p(d): many flips take seconds, and a ledger asks for each several times."""
+    return cache.call(sign_flip_p, d) if len(d) > 12 else sign_flip_p(d)
+
+
 def bootstrap_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Low, high: percentile interval of the mean by 2,000 seeded resamples; differences [n > 1]."""
     low, high = stats.bootstrap(
@@ -188,7 +195,7 @@ def decide(differences: Sequence[float], margin: float, *, nmi: Sequence[float] 
 
     mean, low, high = t_interval(d)
     low, high = interval or (low, high)
-    result = Verdict("not tested", unmet, mean, low, high, sign_flip_p(d), len(d))
+    result = Verdict("not tested", unmet, mean, low, high, _flipped(d), len(d))
     if unmet or len(d) < 2:
         return replace(result, qualifier=unmet or "fewer than two paired differences")
     if holds(mean, low, high):
@@ -217,7 +224,7 @@ def decide_equivalence(differences: Mapping[int, Sequence[float]], bound: float 
         return Verdict("not tested", f"fewer than two pairs at K = {missing}", *[np.nan] * 4, 0)
 
     def result(verdict, k, level):
-        return Verdict(verdict, f"K = {k}", *t_interval(d[k], level), sign_flip_p(d[k]), len(d[k]))
+        return Verdict(verdict, f"K = {k}", *t_interval(d[k], level), _flipped(d[k]), len(d[k]))
 
     size = {k: abs(d[k].mean()) for k in COMPARED_K}
     wide = {k: t_interval(d[k], 0.95) for k in COMPARED_K}

@@ -35,7 +35,8 @@ NOTEBOOKS = REPOSITORY / "notebooks"
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # else each kernel warns of TCP, and of its own end
 # Papermill, which ends with its kernel when the runner is gone: even kill -9 closes the pipe.
 PAPERMILL = """
-import os, signal, threading, time
+import os, signal, sys, threading, time
+sys.modules["rfc3987_syntax"] = None  # jsonschema would build a grammar of URIs for a second
 def end_with_the_runner():
     os.read(0, 1)
     os.kill(os.getpid(), signal.SIGTERM)
