@@ -48,7 +48,7 @@ pretrain-paper: $(VENV_STAMP)  ## pretrain the 224-px arms that the paper's Figs
 	@for arm in $(PRETRAIN_ARMS); do $(PYTHON) -m tsp_utils pretrain $$arm || exit 1; done
 
 bench: $(VENV_STAMP)  ## measure speed and memory, print the README's benchmark table
-	@$(PYTHON) -m tsp_utils bench
+	@$(PYTHON) -m benchmarks.bench
 
 clean:  ## remove executed notebooks and caches (data/ and .venv stay)
 	rm -rf runs cache

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tsp_utils import bench
+from benchmarks import bench
 from tsp_utils.heads import scale_features
 from tsp_utils.losses import tsp_loss
 from tsp_utils.neighbors import nearest_neighbors

@@ -15,7 +15,7 @@ from tsp_utils.__main__ import main, parser
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("setup", "reproduce", "figures", "refresh", "learn-patches", "pretrain", "bundle",
-            "dictionary-arms", "bundle-vectors", "bench")
+            "dictionary-arms", "bundle-vectors")
 
 
 def command(*arguments) -> subprocess.CompletedProcess:

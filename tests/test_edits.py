@@ -65,5 +65,5 @@ def test_the_table_of_edits_is_what_is_reached(reached):
 def test_edits_of_what_trains_reach_far_and_edits_of_what_draws_reach_nothing(reached):
     kinds, notebooks = reached
     assert {"03", "04", "05"} <= {n for n, names in notebooks.items() if "tsp_loss" in names}
-    for nothing in ("plot_ledger", "report", "set_style", "bench"):
+    for nothing in ("plot_ledger", "report", "set_style"):
         assert not any(nothing in names for names in [*kinds.values(), *notebooks.values()])

@@ -1,4 +1,4 @@
-"""The command: python -m tsp_utils COMMAND. The only module that prints.
+"""The command: python -m tsp_utils COMMAND. The only module of the package that prints.
 
 Standard library only until the environment is known to be there, so that a bare Python can run it.
 """
@@ -11,12 +11,29 @@ import time
 
 from tsp_utils import environment
 
+# What makes again what ships: its command, where it is, what the help says.
+MAKING = {
+    "dictionary-arms": ("dictionary_arms", "learn_dictionary_arms",
+                        "learn and read out the dictionaries of claim C6"),
+    "finetune": ("finetuning_runs", "run_finetuning",
+                 "run the fine-tuning of claim C7 again (an hour)"),
+    "finetune-map": ("finetuning_map", "run_finetuning_map",
+                     "run the fine-tuning map of claim D1 again (an hour)"),
+    "heads": ("heads_compared", "run_heads_compared",
+              "compare every head again, ten seeds (an hour)"),
+    "pretrain": ("arms", "pretrain_arm", "pretrain one arm of the source ablation by DINO"),
+    "bundle": ("bundle", "bundle_backbone", "put a finished arm into bundled/, with its card"),
+    "learn-patches": ("bundle", "learn_patches", "learn patch_kmeans again from its source"),
+    "bundle-vectors": ("bundle", "bundle_vectors", "extract the bundled vectors again"),
+}
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m tsp_utils", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("setup", help="create .venv from requirements.lock")
     run = commands.add_parser("reproduce", help="run every notebook of a profile")
+    run.set_defaults(do=run_notebooks)
     run.add_argument("--profile", default="offline", help="offline (default), small or paper")
     run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides",
                      help="override settings of the profile; the run gets a folder of its own")
@@ -24,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--jobs", type=int, default=None, metavar="N",
                      help="notebooks side by side: by default 2, with a GPU 1")
     cluster = commands.add_parser("cluster", help="cluster a folder of images")
+    cluster.set_defaults(do=cluster_images)
     cluster.add_argument("folder", help="images, nested or flat, of any size; it is not changed")
     cluster.add_argument("--n-clusters", type=int, required=True, help="yours to choose; required")
     cluster.add_argument("--backbone", default="patch_kmeans",
@@ -35,22 +53,20 @@ def parser() -> argparse.ArgumentParser:
     cluster.add_argument("--seed", type=int, default=0, help="another one starts anew")
     cluster.add_argument("--force", action="store_true", help="replace results that are there")
     copy = commands.add_parser("figures", help="copy a finished run's figures into figures/")
+    copy.set_defaults(do=copy_figures)
     copy.add_argument("--profile", default="offline")
-    commands.add_parser("refresh", help="write the notebooks' outputs back into notebooks/")
-    learn = commands.add_parser("learn-patches", help="learn patch_kmeans again from its source")
-    learn.add_argument("--out", default=None, help="file to write; default: the bundled one")
-    learn.add_argument("--seed", type=int, default=0)
-    arm = commands.add_parser("pretrain", help="pretrain one arm of the source ablation by DINO")
-    arm.add_argument("arm", help="a name in tsp_utils.arms.ARMS, for example vit_nano_cpu")
-    arm.add_argument("--out", default=None, help="folder; default: runs/pretrain/ARM")
-    commands.add_parser("dictionary-arms", help="learn and read out the dictionaries of claim C6")
-    commands.add_parser("finetune", help="run the fine-tuning of claim C7 again (an hour)")
-    commands.add_parser("finetune-map", help="run the fine-tuning map of claim D1 again (an hour)")
-    commands.add_parser("heads", help="compare every head again, ten seeds (an hour)")
-    bundle = commands.add_parser("bundle", help="put a finished arm into bundled/, with its card")
-    bundle.add_argument("arm")
-    commands.add_parser("bundle-vectors", help="extract the bundled vectors again")
-    commands.add_parser("bench", help="measure speed and memory")
+    commands.add_parser("refresh", help="write the notebooks' outputs back into notebooks/"
+                        ).set_defaults(do=refresh_notebooks)
+    makers = {name: commands.add_parser(name, help=words) for name, (*_, words) in MAKING.items()}
+    for maker in makers.values():
+        maker.set_defaults(do=make_again)
+    for name in ("pretrain", "bundle"):
+        makers[name].add_argument("name", metavar="arm", help="of tsp_utils.arms.ARMS")
+    makers["pretrain"].add_argument("--out", default=None, dest="out_dir",
+                                    help="folder; default: runs/pretrain/ARM")
+    makers["learn-patches"].add_argument("--out", default=None,
+                                         help="file to write; default: the bundled one")
+    makers["learn-patches"].add_argument("--seed", type=int, default=0)
     return top
 
 
@@ -66,59 +82,47 @@ def main(arguments) -> int:
     import warnings
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     warnings.filterwarnings("ignore", module="zmq|traitlets")
-    if args.command == "reproduce":
-        from tsp_utils.run import reproduce, stop_when_terminated
-        stop_when_terminated()
-        report(reproduce(" ".join([args.profile, *args.overrides]), args.force, jobs=args.jobs))
-        print(f"executed notebooks and figures: runs/{run_folder(args)}")
-        if args.profile == "paper":
-            return report_against_paper(" ".join([args.profile, *args.overrides]))
-    elif args.command == "cluster":
-        from tsp_utils.cluster_folder import cluster_folder
-        out = cluster_folder(args.folder, args.n_clusters, backbone=args.backbone, out=args.out,
-                             force=args.force, seed=args.seed, n_neighbors=args.n_neighbors,
-                             entropy_weight=args.entropy_weight)
-        print(f"{out / 'clusters.csv'}\n{out / 'report.html'}")
-    elif args.command == "refresh":
-        from tsp_utils.run import refresh
-        report(refresh())
-    elif args.command == "figures":
-        from tsp_utils.run import publish_figures
-        print(f"copied {len(publish_figures(args.profile))} files into figures/{args.profile}")
-    elif args.command == "learn-patches":
-        from tsp_utils.bundle import learn_patches
-        print(learn_patches(args.out, args.seed))
-    elif args.command == "pretrain":
-        logging.getLogger("tsp_utils.arms").setLevel(logging.INFO)
-        from tsp_utils.arms import pretrain_arm
-        print(pretrain_arm(args.arm, args.out))
-    elif args.command == "dictionary-arms":
-        logging.getLogger("tsp_utils.dictionary_arms").setLevel(logging.INFO)
-        from tsp_utils.dictionary_arms import learn_dictionary_arms
-        print(learn_dictionary_arms().name)
-    elif args.command == "finetune":
-        logging.getLogger("tsp_utils.finetuning_runs").setLevel(logging.INFO)
-        from tsp_utils.finetuning_runs import run_finetuning
-        print(run_finetuning().name)
-    elif args.command == "finetune-map":
-        logging.getLogger("tsp_utils.finetuning_map").setLevel(logging.INFO)
-        from tsp_utils.finetuning_map import run_finetuning_map
-        print(run_finetuning_map().name)
-    elif args.command == "heads":
-        logging.getLogger("tsp_utils.heads_compared").setLevel(logging.INFO)
-        from tsp_utils.heads_compared import run_heads_compared
-        print(run_heads_compared().name)
-    elif args.command == "bundle":
-        from tsp_utils.bundle import bundle_backbone
-        print(bundle_backbone(args.arm).name)
-    elif args.command == "bundle-vectors":
-        from tsp_utils.bundle import bundle_vectors
-        for path in bundle_vectors():
-            print(path.name)
-    elif args.command == "bench":
-        from tsp_utils.bench import bench
-        bench(print)
+    return args.do(args) or 0
+
+
+def run_notebooks(args) -> int:
+    from tsp_utils.run import reproduce, stop_when_terminated
+    stop_when_terminated()
+    report(reproduce(" ".join([args.profile, *args.overrides]), args.force, jobs=args.jobs))
+    print(f"executed notebooks and figures: runs/{run_folder(args)}")
+    if args.profile == "paper":
+        return report_against_paper(" ".join([args.profile, *args.overrides]))
     return 0
+
+
+def cluster_images(args) -> None:
+    from tsp_utils.cluster_folder import cluster_folder
+    out = cluster_folder(args.folder, args.n_clusters, backbone=args.backbone, out=args.out,
+                         force=args.force, seed=args.seed, n_neighbors=args.n_neighbors,
+                         entropy_weight=args.entropy_weight)
+    print(f"{out / 'clusters.csv'}\n{out / 'report.html'}")
+
+
+def refresh_notebooks(args) -> None:
+    from tsp_utils.run import refresh
+    report(refresh())
+
+
+def copy_figures(args) -> None:
+    from tsp_utils.run import publish_figures
+    print(f"copied {len(publish_figures(args.profile))} files into figures/{args.profile}")
+
+
+def make_again(args) -> None:
+    """Call what MAKING names, with the command's own arguments, and print what it wrote."""
+    import importlib
+    import logging
+    module, function, _ = MAKING[args.command]
+    logging.getLogger(f"tsp_utils.{module}").setLevel(logging.INFO)
+    own = {name: value for name, value in vars(args).items() if name not in ("command", "do")}
+    made = getattr(importlib.import_module(f"tsp_utils.{module}"), function)(**own)
+    for path in made if isinstance(made, list) else [made]:
+        print(path)
 
 
 def report_against_paper(profile: str) -> int:

@@ -1,4 +1,7 @@
-"""The benchmark: what the study takes in time and memory on this machine, as a Markdown table."""
+"""The benchmark: what the study takes in time and memory on this machine, as a Markdown table.
+
+`make bench`, or python -m benchmarks.bench in the repository.
+"""
 
 import os
 import platform
@@ -145,7 +148,7 @@ def extraction_memory(name: str, counts) -> tuple[str, str, str, str]:
     """Each count in a process of its own, as a peak never comes down again."""
     growth = []
     for n in counts:
-        code = f"from tsp_utils import bench; print(bench.memory_growth({name!r}, {n}))"
+        code = f"from benchmarks import bench; print(bench.memory_growth({name!r}, {n}))"
         found = subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, text=True)
         growth.append(f"{float(found):.0f} MB")
     of = " and ".join(f"{n:,}" for n in counts)
@@ -224,3 +227,7 @@ def alternate(*functions) -> list[float]:
             function()
             taken.append(time.perf_counter() - start)
     return [median(taken) for taken in seconds]
+
+
+if __name__ == "__main__":
+    bench()
