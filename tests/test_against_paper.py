@@ -8,10 +8,10 @@ import pytest
 from scipy import stats
 
 import tsp_utils.__main__ as command
-from tsp_utils.against_paper import compare, table_1, welch_interval
-from tsp_utils.head_runs import code_of_heads
-from tsp_utils.published import TABLE_1
-from tsp_utils.study import load_study
+from tsp_utils.study.against_paper import compare, table_1, welch_interval
+from tsp_utils.study.profile import load_study
+from tsp_utils.study.published import TABLE_1
+from tsp_utils.study.runs import code_of_heads
 
 PAPER = {(row.method, row.dataset): row for row in TABLE_1}
 
@@ -27,7 +27,7 @@ def test_welch_is_scipys(level):
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    monkeypatch.setattr("tsp_utils.study.runs_dir", lambda: tmp_path)
+    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path)
     return replace(load_study("paper"), datasets=("cifar10",), backbones=("dino_vits16",))
 
 
@@ -59,7 +59,7 @@ def test_equal_to_the_paper_is_inside_and_five_points_are_not(study, monkeypatch
     row = PAPER["TSP-ViT1", "cifar10"]
     half = stats.t.ppf(0.975, 18) * row.acc_std * np.sqrt(2 / 10)  # equal deviations and n
     np.testing.assert_allclose(table.loc["head", ["low", "high"]].astype(float), [-half, half])
-    monkeypatch.setattr("tsp_utils.study.load_study", lambda name: study)
+    monkeypatch.setattr("tsp_utils.study.profile.load_study", lambda name: study)
     assert command.report_against_paper("paper") == 0
     leave_record(study, shift=-5)
     table = compare(study).set_index("stage")

@@ -13,8 +13,10 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import tsp_utils.arms as arms
-from tsp_utils.arms import (
+import tsp_utils.study.arms as arms
+from tsp_utils.datasets import ImageDataset
+from tsp_utils.pretraining.dino import Dino, DinoRecipe, schedule
+from tsp_utils.study.arms import (
     ARMS,
     MINI,
     NANO,
@@ -28,8 +30,6 @@ from tsp_utils.arms import (
     gflop_per_image,
     pretrain_arm,
 )
-from tsp_utils.datasets import ImageDataset
-from tsp_utils.pretrain import Dino, DinoRecipe, schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,7 +189,7 @@ def test_a_finished_arm_is_not_trained_again(small_world, tmp_path, monkeypatch)
     folder = pretrain_arm("tiny", tmp_path)
     before = {mark: (folder / f"{mark}.safetensors").read_bytes()
               for mark in ("quarter", "half", "final")}
-    monkeypatch.setattr("tsp_utils.pretrain.Dino.step", None)  # any step would fail
+    monkeypatch.setattr("tsp_utils.pretraining.dino.Dino.step", None)  # any step would fail
     pretrain_arm("tiny", tmp_path)
     assert before == {mark: (folder / f"{mark}.safetensors").read_bytes() for mark in before}
 

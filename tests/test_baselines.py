@@ -7,11 +7,11 @@ import pytest
 from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 
-from tsp_utils.baselines import KMEANS, MIXTURE, REDUCED, SPECTRAL, run_baseline
-from tsp_utils.feature_sets import FeatureSet
 from tsp_utils.heads import scale_features
 from tsp_utils.metrics import clustering_metrics
-from tsp_utils.study import load_study
+from tsp_utils.study.baselines import KMEANS, MIXTURE, REDUCED, SPECTRAL, run_baseline
+from tsp_utils.study.feature_sets import FeatureSet
+from tsp_utils.study.profile import load_study
 
 
 def made_of(features, labels) -> FeatureSet:
@@ -22,7 +22,7 @@ def made_of(features, labels) -> FeatureSet:
 @pytest.fixture(autouse=True)
 def own_folders(monkeypatch, tmp_path):
     monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("tsp_utils.study.runs_dir", lambda: tmp_path / "runs")
+    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")
 
 
 STUDY = replace(load_study("tiny"), n_seeds=2)
@@ -61,7 +61,7 @@ def test_every_method_finds_separate_blobs_and_is_cached(method, monkeypatch):
     table = run_baseline(STUDY, blobs, blobs, method)
     assert table["acc"].tolist() == [100.0, 100.0] and set(table["method"]) == {method}
     assert list(table["seed"]) == [0, 1] and set(table["scored"]) == {"test"}
-    monkeypatch.setattr("tsp_utils.baselines.joblib.Parallel", None)  # any run would fail
+    monkeypatch.setattr("tsp_utils.study.baselines.joblib.Parallel", None)  # any run would fail
     assert run_baseline(STUDY, blobs, blobs, method).equals(table)
 
 

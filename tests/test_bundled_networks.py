@@ -10,21 +10,21 @@ import pytest
 import timm
 import torch
 
-from tsp_utils import bundle
-from tsp_utils.arms import ARMS, save_backbone
 from tsp_utils.backbones import BACKBONES, load_backbone
-from tsp_utils.bundle import (
+from tsp_utils.datasets import ImageDataset, load_dataset
+from tsp_utils.features import cached_features
+from tsp_utils.neighbors import knn_accuracy
+from tsp_utils.paths import REPOSITORY, bundled_dir, data_dir
+from tsp_utils.study import bundle
+from tsp_utils.study.arms import ARMS, save_backbone
+from tsp_utils.study.bundle import (
     C5_CLASSES,
     PRETRAINED,
     VECTOR_BACKBONES,
     _network_of,
     bundle_backbone,
 )
-from tsp_utils.datasets import ImageDataset, load_dataset
-from tsp_utils.feature_sets import load_vectors
-from tsp_utils.features import cached_features
-from tsp_utils.neighbors import knn_accuracy
-from tsp_utils.paths import REPOSITORY, bundled_dir, data_dir
+from tsp_utils.study.feature_sets import load_vectors
 
 each = pytest.mark.parametrize("name", PRETRAINED)
 
@@ -188,7 +188,7 @@ def test_nothing_is_written_before_all_is_computed(finished_arms, monkeypatch):
 
 
 def test_an_unfinished_arm_is_not_bundled(monkeypatch, tmp_path):
-    monkeypatch.setattr("tsp_utils.bundle.runs_dir", lambda: tmp_path)
+    monkeypatch.setattr("tsp_utils.study.bundle.runs_dir", lambda: tmp_path)
     with pytest.raises(ValueError, match="did you mean 'vit_nano'"):
         bundle_backbone("vit_nan")
     with pytest.raises(FileNotFoundError, match="run python -m tsp_utils pretrain vit_nano first"):

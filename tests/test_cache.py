@@ -155,7 +155,7 @@ def test_a_notebook_s_key_follows_what_it_calls_and_no_drawing():
     source = textwrap.dedent("""
         import tsp_utils as tsp
         from tsp_utils import plots
-        from tsp_utils.baselines import run_baseline
+        from tsp_utils.study.baselines import run_baseline
         study = tsp.load_study("offline")
         tsp.tsp_loss(a, b)
         plots.plot_ledger(c)
@@ -180,9 +180,11 @@ def _reached_by(source):
 
 def test_every_function_of_the_package_has_a_tree_that_is_what_runs():
     """Else keys would differ between versions of Python."""
-    from tsp_utils import heads, rivals, study
+    from tsp_utils import heads
+    from tsp_utils.study import profile
+    from tsp_utils.systems import rivals
 
-    for module in (heads, rivals, study):
+    for module in (heads, rivals, profile):
         for value in vars(module).values():
             function = keys._function(value)
             if function is not None and function.__module__ == module.__name__:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tsp_utils import claims
-from tsp_utils.claims import (
+from tsp_utils.study import claims
+from tsp_utils.study.claims import (
     CLAIMS,
     COMPARED_K,
     ICBPL_CLAIMS,

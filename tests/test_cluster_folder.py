@@ -18,10 +18,10 @@ from PIL import Image
 
 import tsp_utils.__main__ as command
 from tsp_utils import TSPClustering, cached_features, load_backbone, load_dataset
-from tsp_utils.cluster_folder import cluster_folder, cluster_images
+from tsp_utils.folder.cluster_folder import cluster_folder, cluster_images
+from tsp_utils.folder.report import MAP_IMAGES, _command, chosen_images, neighbor_shares, report
 from tsp_utils.image_folders import find_images
 from tsp_utils.paths import REPOSITORY
-from tsp_utils.report import MAP_IMAGES, _command, chosen_images, neighbor_shares, report
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:Collapse")]
 
@@ -74,7 +74,7 @@ def test_the_csv_is_the_estimators_own_and_a_second_run_extracts_nothing(photos,
     assert found.features.shape == (60, 256) and found.neighbors.indices.shape == (60, 20)
     idle = load_backbone("patch_kmeans")
     monkeypatch.setattr(idle, "encode", None)
-    monkeypatch.setattr("tsp_utils.cluster_folder.load_backbone", lambda name: idle)
+    monkeypatch.setattr("tsp_utils.folder.cluster_folder.load_backbone", lambda name: idle)
     again = cluster_images(photos, paths, 5, "patch_kmeans", seed=1, **QUICK)
     np.testing.assert_array_equal(again.features, found.features)
     assert again.probabilities.shape == (60, 5)
@@ -342,7 +342,7 @@ def sentences(tmp_path_factory):
         arguments += [] if "--n-clusters" in arguments else ["--n-clusters", "3"]
         with contextlib.chdir(root), pytest.MonkeyPatch.context() as patch:
             patch.setenv("TSP_CACHE", str(root / "cache"))
-            patch.setattr("tsp_utils.cluster_folder.TSPClustering",
+            patch.setattr("tsp_utils.folder.cluster_folder.TSPClustering",
                           functools.partial(TSPClustering, **QUICK))
             try:
                 command.main(arguments)
@@ -465,7 +465,7 @@ def test_a_large_folder_keeps_the_page_small(monkeypatch):
               "settings": TSPClustering().get_params(), "seconds": {}, "versions": {}}))
     photo = rng.integers(0, 256, (500, 500, 3), dtype=np.uint8)  # noise is what packs worst
     monkeypatch.setattr("tsp_utils.image_folders._decode", lambda path: photo)
-    monkeypatch.setattr("tsp_utils.report.map_points", lambda features: (
+    monkeypatch.setattr("tsp_utils.folder.report.map_points", lambda features: (
         np.arange(2000), rng.normal(size=(2000, 2))))
     page = report(found)
     assert len(page.encode()) < 10e6 and page.count("data-image=") == MAP_IMAGES

@@ -61,7 +61,7 @@ def test_what_is_no_command_is_refused(arguments, capsys):
 
 
 def test_figures_before_a_run_says_what_to_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("tsp_utils.study.runs_dir", lambda: tmp_path)
+    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path)
     error = failure(monkeypatch, "figures", "--profile", "tiny")
     assert is_one_sentence(error) and "run make reproduce PROFILE=tiny first" in error
     assert not (ROOT / "figures" / "tiny").exists()
@@ -72,7 +72,7 @@ def test_a_failing_notebook_ends_in_one_sentence(monkeypatch):
         yield "00_overview", "ran", 1.0
         raise RuntimeError("01_feature_extraction.ipynb failed in code cell 3")
 
-    monkeypatch.setattr("tsp_utils.run.reproduce", fails)
+    monkeypatch.setattr("tsp_utils.study.runner.reproduce", fails)
     assert failure(monkeypatch, "reproduce") == (
         "error: 01_feature_extraction.ipynb failed in code cell 3")
 
@@ -85,7 +85,7 @@ def test_reproduce_passes_its_arguments_on_and_reports(monkeypatch, capsys):
         yield "00_overview", "ran", 61.0
         yield "01_feature_extraction", "unchanged, skipped", 0.0
 
-    monkeypatch.setattr("tsp_utils.run.reproduce", reproduce)
+    monkeypatch.setattr("tsp_utils.study.runner.reproduce", reproduce)
     assert main(["reproduce", "--profile", "tiny", "--set", "n_seeds=1", "n_neighbors=5",
                  "--force", "--jobs", "3"]) == 0
     assert calls == [("tiny n_seeds=1 n_neighbors=5", True, 3)]

@@ -8,8 +8,8 @@ import pytest
 from tsp_utils import keys
 from tsp_utils.backbones import load_backbone
 from tsp_utils.features import _feature_batches, code_that_sees
-from tsp_utils.head_runs import CODE
 from tsp_utils.heads import Scaler, kmeans
+from tsp_utils.study.runs import CODE
 
 ROOT = Path(__file__).resolve().parent.parent
 EDITS = {

@@ -22,8 +22,8 @@ from tsp_utils import (
     train_heads,
 )
 from tsp_utils import estimator as estimator_module
-from tsp_utils.feature_sets import load_vectors
 from tsp_utils.metrics import confusion
+from tsp_utils.study.feature_sets import load_vectors
 
 X, CLASSES = make_blobs(400, 8, centers=4, random_state=0)
 QUICK = dict(n_init=3, max_epochs=20, min_steps=200, random_state=0)

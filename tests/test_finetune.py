@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-import tsp_utils.finetuning_runs as finetuning_runs
+import tsp_utils.study.finetuning_runs as finetuning_runs
 from tsp_utils import LinearHeads, init_heads, load_dataset, scale_features
 from tsp_utils.backbones import load_backbone
 from tsp_utils.features import extract_features
-from tsp_utils.finetune import finetune
 from tsp_utils.losses import tsp_loss
 from tsp_utils.neighbors import nearest_neighbors
+from tsp_utils.systems.finetune import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import tsp_utils.finetuning_map as finetuning_map
+import tsp_utils.study.finetuning_map as finetuning_map
 from tsp_utils import init_heads, load_dataset, scale_features
 from tsp_utils.backbones import load_backbone
 from tsp_utils.features import extract_features
-from tsp_utils.finetune import finetune
-from tsp_utils.finetuning_map import (
+from tsp_utils.study.finetuning_map import (
     RUNS,
     LastBlocks,
     _of_seed,
@@ -20,7 +19,8 @@ from tsp_utils.finetuning_map import (
     finetune_last_blocks,
     records_path,
 )
-from tsp_utils.icbpl import ICBPLHeads
+from tsp_utils.systems.finetune import finetune
+from tsp_utils.systems.icbpl import ICBPLHeads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from tsp_utils import load_study
 from tsp_utils.heads import scale_features
-from tsp_utils.heads_compared import (
+from tsp_utils.study.heads_compared import (
     ABLATIONS,
     METHODS,
     TRIALS,
@@ -28,7 +28,7 @@ from tsp_utils.heads_compared import (
     scores_of,
     tune,
 )
-from tsp_utils.rivals import RIVALS
+from tsp_utils.systems.rivals import RIVALS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,7 +8,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 
 from tsp_utils import kmeans
 from tsp_utils.heads import scale_features
-from tsp_utils.icbpl import ICBPLHeads, mmd2, simplex_centers
+from tsp_utils.systems.icbpl import ICBPLHeads, mmd2, simplex_centers
 
 BLOBS, LABELS = make_blobs(300, 16, centers=5, cluster_std=3.0, random_state=0)
 FEATURES = scale_features(BLOBS)

@@ -15,11 +15,11 @@ import timm
 import torch
 from PIL import Image
 
-from tsp_utils.claims import CLAIMS
-from tsp_utils.ledger import COLUMNS
 from tsp_utils.paths import REPOSITORY
-from tsp_utils.run import notebook_paths
-from tsp_utils.study import load_study
+from tsp_utils.study.claims import CLAIMS
+from tsp_utils.study.ledger import COLUMNS
+from tsp_utils.study.profile import load_study
+from tsp_utils.study.runner import notebook_paths
 
 SETS = {"cifar10": (10, 32), "cifar100-20": (20, 32), "cifar100": (100, 32), "stl10": (10, 96)}
 WEIGHTS = {"dino_deitsmall16_pretrain.pth": "vit_small_patch16_224",

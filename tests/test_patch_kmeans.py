@@ -10,15 +10,11 @@ import pytest
 import torch
 
 from tsp_utils import knn_accuracy, load_backbone, load_dataset
-from tsp_utils.feature_sets import load_vectors
 from tsp_utils.features import cached_features
-from tsp_utils.patch_kmeans import (
-    PatchKMeans,
-    _contrast_normalised,
-    _draw_patches,
-    learn_patch_kmeans,
-)
+from tsp_utils.patch_kmeans import PatchKMeans, _contrast_normalised
 from tsp_utils.paths import bundled_dir
+from tsp_utils.pretraining.dictionary import _draw_patches, learn_patch_kmeans
+from tsp_utils.study.feature_sets import load_vectors
 
 SMALL = dict(n_atoms=24, n_features=16, n_patches=4000, n_pca_images=600)
 

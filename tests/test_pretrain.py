@@ -9,9 +9,8 @@ import torch
 import torch.multiprocessing as mp
 
 from tsp_utils.datasets import load_dataset
-from tsp_utils.multi_crop import multi_crop, random_colors, random_crops
 from tsp_utils.neighbors import knn_accuracy
-from tsp_utils.pretrain import (
+from tsp_utils.pretraining.dino import (
     Dino,
     DinoRecipe,
     _warn_of_collapse,
@@ -21,6 +20,7 @@ from tsp_utils.pretrain import (
     update_center,
     update_teacher,
 )
+from tsp_utils.pretraining.multi_crop import multi_crop, random_colors, random_crops
 
 TINY = DinoRecipe(
     architecture="vit_tiny_patch16_224",

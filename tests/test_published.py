@@ -2,7 +2,7 @@
 
 import pytest
 
-from tsp_utils.published import DATASETS, EXTERNAL, FIGURES, TABLE_1, TABLE_2, to_frame
+from tsp_utils.study.published import DATASETS, EXTERNAL, FIGURES, TABLE_1, TABLE_2, to_frame
 
 EARLIER = ("K-means", "DEC", "DAC", "DCCM", "IIC", "PICA", "SCAN", "NNM")
 TSP = ("TSP-ResNet", "TSP-ViT1", "TSP-ViT2", "TSP K-means")

@@ -15,15 +15,22 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import tsp_utils.__main__ as command
-from tsp_utils import run
-from tsp_utils.run import Step, notebook_hash, notebook_paths, publish_figures, refresh, reproduce
-from tsp_utils.study import load_study
+from tsp_utils.study import runner
+from tsp_utils.study.profile import load_study
+from tsp_utils.study.runner import (
+    Step,
+    notebook_hash,
+    notebook_paths,
+    publish_figures,
+    refresh,
+    reproduce,
+)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """An empty notebook folder, with a run folder of its own."""
-    monkeypatch.setattr("tsp_utils.study.runs_dir", lambda: tmp_path / "runs")
+    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")
     for name in ("PYTHONPATH", "TSP_DATA", "TSP_CACHE"):  # the runner sets them for its kernels
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     (tmp_path / "notebooks").mkdir()
@@ -39,7 +46,7 @@ def executed(monkeypatch) -> list:
         calls.append((path.stem, profile))
         return subprocess.Popen(["cp", str(path), str(out)])
 
-    monkeypatch.setattr(run, "_papermill", execute)
+    monkeypatch.setattr(runner, "_papermill", execute)
     return calls
 
 
@@ -136,7 +143,7 @@ def test_a_changed_profile_library_or_bundled_file_runs_again(folder, executed, 
     bundled = tmp_path / "bundled"
     bundled.mkdir()
     (bundled / "weights").write_bytes(b"old")
-    monkeypatch.setattr(run, "bundled_dir", lambda: bundled)
+    monkeypatch.setattr(runner, "bundled_dir", lambda: bundled)
     assert what_happened(folder=folder) == [("00_a", RAN)]
     assert what_happened("tiny n_neighbors=5", folder=folder) == [("00_a", RAN)]
     assert executed[-1] == ("00_a", "tiny n_neighbors=5")
@@ -147,7 +154,7 @@ def test_a_changed_profile_library_or_bundled_file_runs_again(folder, executed, 
     assert what_happened(folder=folder) == [("00_a", RAN)]
     write_notebook(folder, "00_a", "%matplotlib inline\n6 * 7")
     called = []
-    monkeypatch.setattr(run, "code_called_by", lambda source: called.append(source) or "other")
+    monkeypatch.setattr(runner, "code_called_by", lambda source: called.append(source) or "other")
     assert what_happened(folder=folder) == [("00_a", RAN)]
     assert "6 * 7" in called[0] and "%" not in called[0]
     assert what_happened(folder=folder) == [("00_a", SKIPPED)]
@@ -227,7 +234,7 @@ def leaves(folder, monkeypatch) -> list:
         monkeypatch.delenv("TSP_LEFT")
         return subprocess.Popen(["false"] if "FAILS" in names else ["cp", str(path), str(out)])
 
-    monkeypatch.setattr(run, "_papermill", execute)
+    monkeypatch.setattr(runner, "_papermill", execute)
     return names
 
 
@@ -292,7 +299,7 @@ def test_a_reader_runs_again_when_what_it_reads_has_changed(folder, executed):
         (path.parent / "claims").mkdir(exist_ok=True)
         (path.parent / "claims" / f"{name}.json").write_text("{}")
         notebook["metadata"]["tsp"]["left"] = {
-            f"claims/{name}.json": run._sha256(path.parent / "claims" / f"{name}.json")}
+            f"claims/{name}.json": runner._sha256(path.parent / "claims" / f"{name}.json")}
         path.write_text(json.dumps(notebook))
         assert what_happened(folder=folder) == [("00_a", SKIPPED), ("01_b", SKIPPED),
                                                 ("02_c", happened)]
@@ -338,10 +345,10 @@ def test_side_by_side_the_longest_begins_and_one_at_a_time_the_first(folder, exe
 def test_a_reader_waits_for_those_before_it_that_it_reads(folder):
     a, b, c = (folder / f"0{i}_{name}.ipynb" for i, name in enumerate("abc"))
     about = {a: {}, b: {"reads": ["00", "01", "02"]}, c: {}}  # itself and a later one: no wait
-    assert run._next_to_start([b, a, c], [], about) == a
-    assert run._next_to_start([b, c], [a], about) == c
-    assert run._next_to_start([b], [a, c], about) is None
-    assert run._next_to_start([b], [c], about) == b
+    assert runner._next_to_start([b, a, c], [], about) == a
+    assert runner._next_to_start([b, c], [a], about) == c
+    assert runner._next_to_start([b], [a, c], about) is None
+    assert runner._next_to_start([b], [c], about) == b
 
 
 def test_less_than_one_notebook_at_a_time_is_refused(folder):
@@ -356,8 +363,8 @@ def test_threads_are_shared_out_and_one_notebook_alone_has_them_all(folder, monk
         given[path.stem] = n_threads
         return subprocess.Popen(["cp", str(path), str(out)])
 
-    monkeypatch.setattr(run, "_papermill", execute)
-    monkeypatch.setattr(run.joblib, "cpu_count", lambda: 9)
+    monkeypatch.setattr(runner, "_papermill", execute)
+    monkeypatch.setattr(runner.joblib, "cpu_count", lambda: 9)
     for name in ("00_a", "01_b"):
         write_notebook(folder, name, "1 + 1")
     write_notebook(folder, "02_c", "1 + 1", reads=["00", "01"])
@@ -367,10 +374,10 @@ def test_threads_are_shared_out_and_one_notebook_alone_has_them_all(folder, monk
 
 def test_the_users_own_number_of_threads_counts_where_it_is_smaller(monkeypatch):
     given = {}
-    monkeypatch.setattr(run.subprocess, "Popen", lambda command, env, **_: given.update(env))
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda command, env, **_: given.update(env))
     for wanted, share, expected in (("1", 4, "1"), ("8", 4, "4"), ("", 4, "4"), ("all", 4, "4")):
         monkeypatch.setenv("OMP_NUM_THREADS", wanted)
-        run._papermill(Path("00_a.ipynb"), Path("out.ipynb"), "tiny", share, None, Path("left"))
+        runner._papermill(Path("00_a.ipynb"), Path("out.ipynb"), "tiny", share, None, Path("left"))
         assert given["OMP_NUM_THREADS"] == expected and given["LOKY_MAX_CPU_COUNT"] == "4"
 
 
@@ -411,13 +418,14 @@ def test_a_failure_stops_what_runs_beside_it(folder):
 
 def run_apart(folder: Path) -> subprocess.Popen:
     """`reproduce` of the folder's notebooks in a process of its own."""
-    code = ("import pathlib, signal, sys, tsp_utils.study, tsp_utils.run\n"
+    code = ("import pathlib, signal, sys\n"
+            "from tsp_utils.study import profile, runner\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's &\n"
-            "tsp_utils.run.stop_when_terminated()\n"
-            "tsp_utils.study.runs_dir = lambda: pathlib.Path(sys.argv[1]) / 'runs'\n"
-            "list(tsp_utils.run.reproduce('tiny', folder=pathlib.Path(sys.argv[2]), jobs=2))")
+            "runner.stop_when_terminated()\n"
+            "profile.runs_dir = lambda: pathlib.Path(sys.argv[1]) / 'runs'\n"
+            "list(runner.reproduce('tiny', folder=pathlib.Path(sys.argv[2]), jobs=2))")
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(folder.parent), str(folder)], cwd=run.REPOSITORY,
+        [sys.executable, "-c", code, str(folder.parent), str(folder)], cwd=runner.REPOSITORY,
         start_new_session=True, stderr=subprocess.PIPE, text=True)
 
 
@@ -442,9 +450,9 @@ def test_an_interruption_ends_the_kernels_and_leaves_no_partial(folder, number):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are read from /proc")
 def test_one_run_at_a_time_and_a_killed_one_leaves_no_lock_no_kernel_and_no_trace(folder):
     sign, source = started(folder, "00_a")
-    leave = ("import pathlib, tsp_utils.study\n"
-             f"tsp_utils.study.runs_dir = lambda: pathlib.Path({str(folder.parent / 'runs')!r})\n"
-             "tsp_utils.study.load_study(profile).save_table('text', %r)")
+    leave = ("import pathlib\nfrom tsp_utils.study import profile as p\n"
+             f"p.runs_dir = lambda: pathlib.Path({str(folder.parent / 'runs')!r})\n"
+             "p.load_study(profile).save_table('text', %r)")
     write_notebook(folder, "00_a", leave % "half", source)
     process = run_apart(folder)
     try:
@@ -487,7 +495,7 @@ def test_kernels_find_package_and_folders_from_where_they_work(folder, executed,
         what_happened(folder=folder)
     assert os.environ["TSP_CACHE"] == str(folder.parent / "my_cache")
     paths = os.environ["PYTHONPATH"].split(os.pathsep)
-    assert paths[0] == str(run.REPOSITORY) and len(paths) == len(set(paths)) == 2
+    assert paths[0] == str(runner.REPOSITORY) and len(paths) == len(set(paths)) == 2
 
 
 # What is said meanwhile.
@@ -605,8 +613,8 @@ def test_refresh_writes_outputs_without_traces_of_the_run(folder):
 
 def test_publishing_copies_a_finished_run_and_says_what_is_missing(folder, executed, tmp_path,
                                                                    monkeypatch):
-    monkeypatch.setattr(run, "REPOSITORY", tmp_path)
-    monkeypatch.setattr(run, "notebook_paths", lambda _=None: notebook_paths(folder))
+    monkeypatch.setattr(runner, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(runner, "notebook_paths", lambda _=None: notebook_paths(folder))
     for name in ("00_a", "01_b"):
         write_notebook(folder, name, "1 + 1")
     with pytest.raises(FileNotFoundError, match=r"missing: 00_a, 01_b\); run make reproduce "

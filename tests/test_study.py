@@ -15,12 +15,12 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from tsp_utils import clustering_metrics, heads, load_backbone, load_dataset, losses
-from tsp_utils.feature_sets import draw_rows, load_vectors
-from tsp_utils.head_runs import code_of_heads, run_heads, summarise
 from tsp_utils.heads import scale_features
 from tsp_utils.image_folders import find_images, read_images
 from tsp_utils.paths import REPOSITORY, data_dir, write_json
-from tsp_utils.study import Study, load_study
+from tsp_utils.study.feature_sets import draw_rows, load_vectors
+from tsp_utils.study.profile import Study, load_study
+from tsp_utils.study.runs import code_of_heads, run_heads, summarise
 
 pytestmark = pytest.mark.filterwarnings("ignore:Collapse")  # a few steps on a few images
 PROFILES = sorted(path.stem for path in (REPOSITORY / "profiles").glob("*.yaml"))
@@ -40,7 +40,7 @@ def one_thread():
 def tiny(tmp_path, monkeypatch) -> Study:
     """The tiny profile, with a cache and a run folder of its own."""
     monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("tsp_utils.study.runs_dir", lambda: tmp_path / "runs")
+    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")
     return load_study("tiny")
 
 
@@ -62,7 +62,7 @@ class Counted:
 def trainings(monkeypatch) -> Counted:
     """Counts the trainings of heads."""
     counted = Counted()
-    monkeypatch.setattr("tsp_utils.head_runs.train_heads", counted)
+    monkeypatch.setattr("tsp_utils.study.runs.train_heads", counted)
     return counted
 
 
@@ -153,7 +153,7 @@ def test_a_study_is_its_settings_and_does_not_change():
 
 def test_a_damaged_profile_is_named(tmp_path, monkeypatch):
     (tmp_path / "profiles").mkdir()
-    monkeypatch.setattr("tsp_utils.study.REPOSITORY", tmp_path)
+    monkeypatch.setattr("tsp_utils.study.profile.REPOSITORY", tmp_path)
     for text, sentence in (("datasets: [a", "mine.yaml cannot be read"),
                            ("- a\n- b\n", "mine.yaml is not"),
                            ("datasets: [a]\nbackbones: [b]\n", "lacks default_backbone, protocol"),
@@ -426,7 +426,7 @@ def test_protocol_split_fits_on_train_and_scores_both(tiny, monkeypatch):
     images = load_dataset("fashion-mnist", "test")
     halves = {"train": images.subset(slice(600, 1200)), "test": images.subset(slice(0, 300))}
 
-    monkeypatch.setattr("tsp_utils.study.load_images", lambda name, split, n: halves[split])
+    monkeypatch.setattr("tsp_utils.study.profile.load_images", lambda name, split, n: halves[split])
     study = replace(tiny, protocol="split")
     run = study.train("fashion-mnist", "pixels")
     assert set(run.table["scored"]) == {"test", "train"} and len(run.table) == 8

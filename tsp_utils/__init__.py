@@ -10,7 +10,8 @@ _HOME = {
     "datasets": ["DATASETS", "ImageDataset", "load_dataset"],
     "backbones": ["BACKBONES", "Backbone", "load_backbone"],
     "features": ["cached_features", "extract_features"],
-    "patch_kmeans": ["PatchKMeans", "learn_patch_kmeans"],
+    "patch_kmeans": ["PatchKMeans"],
+    "pretraining.dictionary": ["learn_patch_kmeans"],
     "neighbors": [
         "Neighbors", "nearest_neighbors", "neighbor_weights", "neighbor_perplexity",
         "label_consistency", "knn_accuracy",
@@ -19,18 +20,18 @@ _HOME = {
     "heads": ["LinearHeads", "Scaler", "scale_features", "init_heads", "train_heads", "kmeans"],
     "estimator": ["TSPClustering"],
     "metrics": ["clustering_metrics", "confusion", "match_clusters"],
-    "claims": [
+    "study.claims": [
         "CLAIMS", "ICBPL_CLAIMS", "RULES", "bootstrap_interval", "claim_of", "decide", "t_interval",
     ],
-    "ledger": ["Evidence", "read_evidence", "save_evidence"],
-    "baselines": ["run_baseline"],
-    "rivals": ["RIVALS", "train_rival"],
-    "icbpl": ["ICBPLHeads", "mmd2", "simplex_centers"],
-    "heads_compared": ["compare_heads", "heads_table"],
-    "published": ["TABLE_1", "TABLE_2"],
-    "feature_sets": ["FeatureSet"],
-    "head_runs": ["HeadRuns", "summarise"],
-    "study": ["Study", "load_study"],
+    "study.ledger": ["Evidence", "read_evidence", "save_evidence"],
+    "study.baselines": ["run_baseline"],
+    "systems.rivals": ["RIVALS", "train_rival"],
+    "systems.icbpl": ["ICBPLHeads", "mmd2", "simplex_centers"],
+    "study.heads_compared": ["compare_heads", "heads_table"],
+    "study.published": ["TABLE_1", "TABLE_2"],
+    "study.feature_sets": ["FeatureSet"],
+    "study.runs": ["HeadRuns", "summarise"],
+    "study.profile": ["Study", "load_study"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -13,18 +13,19 @@ from tsp_utils import environment
 
 # What makes again what ships: its command, where it is, what the help says.
 MAKING = {
-    "dictionary-arms": ("dictionary_arms", "learn_dictionary_arms",
+    "dictionary-arms": ("study.dictionary_arms", "learn_dictionary_arms",
                         "learn and read out the dictionaries of claim C6"),
-    "finetune": ("finetuning_runs", "run_finetuning",
+    "finetune": ("study.finetuning_runs", "run_finetuning",
                  "run the fine-tuning of claim C7 again (an hour)"),
-    "finetune-map": ("finetuning_map", "run_finetuning_map",
+    "finetune-map": ("study.finetuning_map", "run_finetuning_map",
                      "run the fine-tuning map of claim D1 again (an hour)"),
-    "heads": ("heads_compared", "run_heads_compared",
+    "heads": ("study.heads_compared", "run_heads_compared",
               "compare every head again, ten seeds (an hour)"),
-    "pretrain": ("arms", "pretrain_arm", "pretrain one arm of the source ablation by DINO"),
-    "bundle": ("bundle", "bundle_backbone", "put a finished arm into bundled/, with its card"),
-    "learn-patches": ("bundle", "learn_patches", "learn patch_kmeans again from its source"),
-    "bundle-vectors": ("bundle", "bundle_vectors", "extract the bundled vectors again"),
+    "pretrain": ("study.arms", "pretrain_arm", "pretrain one arm of the source ablation by DINO"),
+    "bundle": ("study.bundle", "bundle_backbone",
+               "put a finished arm into bundled/, with its card"),
+    "learn-patches": ("study.bundle", "learn_patches", "learn patch_kmeans again from its source"),
+    "bundle-vectors": ("study.bundle", "bundle_vectors", "extract the bundled vectors again"),
 }
 
 
@@ -61,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     for maker in makers.values():
         maker.set_defaults(do=make_again)
     for name in ("pretrain", "bundle"):
-        makers[name].add_argument("name", metavar="arm", help="of tsp_utils.arms.ARMS")
+        makers[name].add_argument("name", metavar="arm", help="of tsp_utils.study.arms.ARMS")
     makers["pretrain"].add_argument("--out", default=None, dest="out_dir",
                                     help="folder; default: runs/pretrain/ARM")
     makers["learn-patches"].add_argument("--out", default=None,
@@ -86,7 +87,7 @@ def main(arguments) -> int:
 
 
 def run_notebooks(args) -> int:
-    from tsp_utils.run import reproduce, stop_when_terminated
+    from tsp_utils.study.runner import reproduce, stop_when_terminated
     stop_when_terminated()
     report(reproduce(" ".join([args.profile, *args.overrides]), args.force, jobs=args.jobs))
     print(f"executed notebooks and figures: runs/{run_folder(args)}")
@@ -96,7 +97,7 @@ def run_notebooks(args) -> int:
 
 
 def cluster_images(args) -> None:
-    from tsp_utils.cluster_folder import cluster_folder
+    from tsp_utils.folder.cluster_folder import cluster_folder
     out = cluster_folder(args.folder, args.n_clusters, backbone=args.backbone, out=args.out,
                          force=args.force, seed=args.seed, n_neighbors=args.n_neighbors,
                          entropy_weight=args.entropy_weight)
@@ -104,12 +105,12 @@ def cluster_images(args) -> None:
 
 
 def refresh_notebooks(args) -> None:
-    from tsp_utils.run import refresh
+    from tsp_utils.study.runner import refresh
     report(refresh())
 
 
 def copy_figures(args) -> None:
-    from tsp_utils.run import publish_figures
+    from tsp_utils.study.runner import publish_figures
     print(f"copied {len(publish_figures(args.profile))} files into figures/{args.profile}")
 
 
@@ -127,8 +128,8 @@ def make_again(args) -> None:
 
 def report_against_paper(profile: str) -> int:
     """Print ours against the paper's ACC; 3 where a head's lies beyond one point, else 0."""
-    from tsp_utils.against_paper import compare
-    from tsp_utils.study import load_study
+    from tsp_utils.study.against_paper import compare
+    from tsp_utils.study.profile import load_study
     table = compare(load_study(profile))
     print("\nACC, ours less the paper's, with the 95 % Welch interval:")
     print(table.round(2).to_string(index=False) if len(table) else "no pair has a row there")
@@ -138,7 +139,7 @@ def report_against_paper(profile: str) -> int:
 
 
 def run_folder(args) -> str:
-    from tsp_utils.study import load_study
+    from tsp_utils.study.profile import load_study
     return load_study(" ".join([args.profile, *args.overrides])).profile
 
 
@@ -148,7 +149,7 @@ def report(steps) -> None:
     On a terminal the last is one line, written again and again; elsewhere a line of each notebook
     ten seconds later where it has come further, a minute later where it has not.
     """
-    from tsp_utils.run import Step
+    from tsp_utils.study.runner import Step
     start, terminal = time.perf_counter(), sys.stdout.isatty()
     clear = "\r\x1b[K" if terminal else ""
     running, said = {}, {}

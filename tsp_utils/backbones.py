@@ -4,7 +4,6 @@ import difflib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 import timm
@@ -14,29 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tsp_utils.paths import bundled_dir, runs_dir
-from tsp_utils.weights import load_model, state_sha256
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class BackboneSpec:
-    """One row of the table: what to build, where its weights are, how images are prepared."""
-
-    name: str
-    architecture: str  # timm's name, or our own: pixels, patch_kmeans
-    options: Mapping = field(default_factory=dict)  # further arguments of timm.create_model
-    source: str = "none"  # of the weights: none, random, bundled, url, timm
-    file: str | None = None  # official file name; bundled, or looked for in TSP_DATA/weights first
-    url: str | None = None
-    input_size: int | None = 224  # pixels a side; None: the images' own
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    interpolation: str = "bicubic"  # always antialiased, straight to input_size, no crop
-    dim: int | None = None  # None: known once it is loaded, or has seen images
-    published_knn: float | None = None  # ImageNet k-NN top-1, percent: published, not checked here
-    note: str = ""
-
+from tsp_utils.weights import BackboneSpec, load_model, state_sha256
 
 _OFFICIAL = "https://dl.fbaipublicfiles.com/dino"
 _NANO_CPU = dict(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, global_pool="avg")

@@ -22,7 +22,7 @@ import numpy as np
 PACKAGE = __package__
 # What keeps, draws, reports or measures time shapes no result.
 SHAPES_NOTHING = {f"{PACKAGE}.{name}" for name in (
-    "keys", "cache", "paths", "plots", "report", "__main__")}
+    "keys", "cache", "paths", "plots", "folder.report", "__main__")}
 
 
 def key_of(inputs, *functions) -> str:

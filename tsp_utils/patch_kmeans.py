@@ -7,22 +7,14 @@ feature learning", AISTATS 2011, Secs 3 and 4; their contrast constant 10 and wh
 are for pixels in [0, 255], and so are ours.
 """
 
-import logging
-
-import faiss
-import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from sklearn.decomposition import PCA
 from torch import nn
-from tqdm.auto import tqdm
 
 PATCH, SIDE = 6, 32
 GRID = SIDE - PATCH + 1  # 27 positions a side
 CONTRAST, WHITENING = 10.0, 0.1
-
-logger = logging.getLogger(__name__)
 
 
 def _quadrants() -> torch.Tensor:
@@ -95,60 +87,3 @@ class PatchKMeans(nn.Module):
         state = load_file(path)
         step = state.pop("axes_step")
         return cls(**state | {"axes": state["axes"].float() * step})
-
-
-@torch.inference_mode()
-def learn_patch_kmeans(images, n_atoms=1536, n_features=256, n_patches=400_000,
-                       n_pca_images=10_000, seed=0) -> PatchKMeans:
-    """Learn dictionary, standardisation and PCA from images alone.
-
-    images uint8 [N, 32, 32, 3]; no labels. Raises ValueError for images of another shape or fewer
-    of them than the PCA needs. Axes of the PCA are scaled by singular value to the power -1/2,
-    half way between PCA (1) and whitening (0 in relative scale).
-    """
-    if images.ndim != 4 or images.shape[1:] != (SIDE, SIDE, 3):
-        raise ValueError(f"The dictionary is learned from images [N, 32, 32, 3], and these have "
-                         f"the shape {tuple(images.shape)}; resize them to 32 px first.")
-    if len(images) < 2 * n_features:
-        raise ValueError(f"{len(images)} images are too few for a PCA to {n_features} features; "
-                         f"pass at least {2 * n_features} images or a smaller n_features.")
-    rng = np.random.default_rng(seed)
-    patches = _draw_patches(images, n_patches, rng)  # [n_patches, 108]
-    mean = patches.mean(0)
-    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
-    whitener = vectors @ torch.diag((values + WHITENING).rsqrt()) @ vectors.T
-    atoms = _kmeans_atoms(((patches - mean) @ whitener).numpy(), n_atoms, seed)
-
-    rest = (torch.zeros(1), torch.ones(1), torch.zeros(1, 1))  # not yet known, not yet used
-    network = PatchKMeans(mean, whitener, atoms, *rest)
-    chosen = rng.choice(len(images), min(n_pca_images, len(images)), replace=False)
-    activations = torch.cat([network.activations(_to_float(images[chosen[i : i + 128]]))
-                             for i in tqdm(range(0, len(chosen), 128), "activations")])  # [n, 4A]
-    centre, scale = activations.mean(0), activations.std(0).clamp(min=1e-6)
-    activations.sub_(centre).div_(scale)
-    pca = PCA(n_features, svd_solver="randomized", random_state=seed).fit(activations.numpy())
-    axes = torch.from_numpy(pca.components_ * pca.singular_values_[:, None] ** -0.5).T  # [4A, D]
-    return PatchKMeans(mean, whitener, atoms, centre, scale, axes)
-
-
-def _to_float(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
-
-
-def _draw_patches(images, n_patches: int, rng) -> torch.Tensor:
-    """Contrast-normalised patches [n_patches, 108] from random places of random images."""
-    which = rng.integers(len(images), size=n_patches)
-    y, x = rng.integers(GRID, size=(2, n_patches, 1, 1))
-    inside = np.arange(PATCH)
-    patches = images[which[:, None, None], y + inside[:, None], x + inside]  # [n, 6, 6, 3]
-    patches = torch.from_numpy(patches).permute(0, 3, 1, 2).flatten(1).float()  # as F.unfold
-    patches -= patches.mean(-1, keepdim=True)
-    return patches / (patches.var(-1, keepdim=True) + CONTRAST).sqrt()
-
-
-def _kmeans_atoms(patches: np.ndarray, n_atoms: int, seed: int) -> torch.Tensor:
-    kmeans = faiss.Kmeans(patches.shape[1], n_atoms, niter=25, seed=seed + 1,
-                          max_points_per_centroid=len(patches) // n_atoms + 1)
-    kmeans.train(patches)
-    logger.info("K-means over %d patches: %d atoms", len(patches), n_atoms)
-    return torch.from_numpy(kmeans.centroids.copy())

@@ -6,8 +6,9 @@ import os
 import pickle
 import re
 import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import timm
 import torch
@@ -17,13 +18,31 @@ from torch import nn
 import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
 from tsp_utils.paths import bundled_dir, data_dir
 
-if TYPE_CHECKING:
-    from tsp_utils.backbones import BackboneSpec
-
 INIT_SEED = 0  # of every freshly made network, so that the untrained one is the same everywhere
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-def load_model(spec: "BackboneSpec", checkpoint=None) -> nn.Module:
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """One row of the table: what to build, where its weights are, how images are prepared."""
+
+    name: str
+    architecture: str  # timm's name, or our own: pixels, patch_kmeans
+    options: Mapping = field(default_factory=dict)  # further arguments of timm.create_model
+    source: str = "none"  # of the weights: none, random, bundled, url, timm
+    file: str | None = None  # official file name; bundled, or looked for in TSP_DATA/weights first
+    url: str | None = None
+    input_size: int | None = 224  # pixels a side; None: the images' own
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"  # always antialiased, straight to input_size, no crop
+    dim: int | None = None  # None: known once it is loaded, or has seen images
+    published_knn: float | None = None  # ImageNet k-NN top-1, percent: published, not checked here
+    note: str = ""
+
+
+def load_model(spec: BackboneSpec, checkpoint=None) -> nn.Module:
     """The network of one row of the table, with its own weights or those of a file.
 
     Raises ValueError for weights that do not fit, FileNotFoundError for a missing file,
@@ -49,7 +68,7 @@ def load_model(spec: "BackboneSpec", checkpoint=None) -> nn.Module:
     return _create(spec, pretrained=spec.source == "timm")
 
 
-def _create(spec: "BackboneSpec", pretrained: bool = False) -> nn.Module:
+def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
     """Build the network from a fixed seed, leaving the global random state as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(INIT_SEED)  # torch.manual_seed would touch CUDA's too
@@ -62,7 +81,7 @@ def _create(spec: "BackboneSpec", pretrained: bool = False) -> nn.Module:
             raise _download_error(spec, error) from error
 
 
-def _find_weights(spec: "BackboneSpec") -> Path | None:
+def _find_weights(spec: BackboneSpec) -> Path | None:
     """The file to load; None where there is none to load or timm downloads it itself."""
     if spec.source in ("none", "random"):
         return None
@@ -80,7 +99,7 @@ def _find_weights(spec: "BackboneSpec") -> Path | None:
     return None
 
 
-def _download(spec: "BackboneSpec", path: Path) -> None:
+def _download(spec: BackboneSpec, path: Path) -> None:
     partial = path.with_name(f"{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,13 +112,13 @@ def _download(spec: "BackboneSpec", path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _download_error(spec: "BackboneSpec", error: Exception) -> ConnectionError:
+def _download_error(spec: BackboneSpec, error: Exception) -> ConnectionError:
     return ConnectionError(
         f"the weights of {spec.name} could not be downloaded ({_brief(error)}): fetch {spec.url} "
         f"where there is a network and put it at {data_dir() / 'weights' / spec.file}")
 
 
-def _load_strictly(model: nn.Module, path: Path, spec: "BackboneSpec") -> nn.Module:
+def _load_strictly(model: nn.Module, path: Path, spec: BackboneSpec) -> nn.Module:
     """Load a file whose keys and shapes are exactly the model's, heads dropped by name."""
     due, state = model.state_dict(), _read_state(path)
     classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()

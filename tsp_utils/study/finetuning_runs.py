@@ -12,17 +12,17 @@ import torch
 from safetensors.numpy import save_file
 
 from tsp_utils import cache
-from tsp_utils.arms import attention, hardware
 from tsp_utils.backbones import Backbone, load_backbone
 from tsp_utils.cache import versions
 from tsp_utils.datasets import ImageDataset, load_dataset
-from tsp_utils.feature_sets import draw_rows
 from tsp_utils.features import extract_features
-from tsp_utils.finetune import finetune
 from tsp_utils.heads import LinearHeads, Scaler, init_heads, kmeans, train_heads
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.neighbors import label_consistency, nearest_neighbors
 from tsp_utils.paths import bundled_dir, write_lines
+from tsp_utils.study.arms import attention, hardware
+from tsp_utils.study.feature_sets import draw_rows
+from tsp_utils.systems.finetune import finetune
 
 logger = logging.getLogger(__name__)
 

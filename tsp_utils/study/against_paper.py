@@ -6,8 +6,8 @@ import math
 import pandas as pd
 from scipy import stats
 
-from tsp_utils.head_runs import code_of_heads, summarise
-from tsp_utils.published import TABLE_1
+from tsp_utils.study.published import TABLE_1
+from tsp_utils.study.runs import code_of_heads, summarise
 
 ROWS = {
     "K-means": {"dino_vits16": "TSP K-means"},  # the paper does not say of which backbone it is

@@ -27,10 +27,10 @@ import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
 from tsp_utils.backbones import gains_from_bf16
 from tsp_utils.cache import code_of, versions
 from tsp_utils.datasets import load_dataset
-from tsp_utils.feature_sets import draw_rows, spread_rows
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.paths import runs_dir, write_json, write_whole
-from tsp_utils.pretrain import Dino, DinoRecipe, Network, pretrain_dino
+from tsp_utils.pretraining.dino import Dino, DinoRecipe, Network, pretrain_dino
+from tsp_utils.study.feature_sets import draw_rows, spread_rows
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from tsp_utils.claims import claim_of
 from tsp_utils.datasets import ImageDataset
-from tsp_utils.feature_sets import (
+from tsp_utils.paths import REPOSITORY, runs_dir, write_whole
+from tsp_utils.study.claims import claim_of
+from tsp_utils.study.feature_sets import (
     FeatureSet,
     draw_rows,
     extract,
@@ -24,8 +25,7 @@ from tsp_utils.feature_sets import (
     spread_rows,
     vectors_path,
 )
-from tsp_utils.head_runs import HeadRuns, run_heads, run_kmeans
-from tsp_utils.paths import REPOSITORY, runs_dir, write_whole
+from tsp_utils.study.runs import HeadRuns, run_heads, run_kmeans
 
 WITH_IMAGES = ("fashion-mnist",)  # sets whose test images ship, whatever vectors do
 

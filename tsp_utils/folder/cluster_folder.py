@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 
 from tsp_utils.backbones import load_backbone
+from tsp_utils.cache import versions
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.estimator import TSPClustering
 from tsp_utils.features import cached_features
-from tsp_utils.head_runs import versions
 from tsp_utils.image_folders import (
     LARGEST_ARRAY_PX,
     ImageFiles,
@@ -69,7 +69,7 @@ def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "patc
     FileExistsError for results that are there without `force`, ValueError for too few images,
     OSError for an `out` that cannot be written; nothing of the images' folder is changed.
     """
-    from tsp_utils.report import report
+    from tsp_utils.folder.report import report
 
     folder = Path(folder).expanduser()
     paths = list_images(folder)

@@ -15,20 +15,20 @@ import torch
 from torch import nn
 
 from tsp_utils import cache
-from tsp_utils.arms import attention, hardware
 from tsp_utils.backbones import Backbone, load_backbone
 from tsp_utils.cache import versions
 from tsp_utils.datasets import load_dataset
-from tsp_utils.feature_sets import draw_rows
-from tsp_utils.finetuning_runs import N_IMAGES, N_SEEDS
 from tsp_utils.heads import LinearHeads, Scaler, draw_pairs, kmeans
-from tsp_utils.icbpl import ICBPLHeads
 from tsp_utils.losses import tsp_loss
 from tsp_utils.metrics import clustering_metrics
-from tsp_utils.multi_crop import random_colors, random_crops
 from tsp_utils.neighbors import label_consistency, nearest_neighbors, neighbor_weights
 from tsp_utils.paths import bundled_dir, write_lines
-from tsp_utils.rivals import RIVALS, train_rival
+from tsp_utils.pretraining.multi_crop import random_colors, random_crops
+from tsp_utils.study.arms import attention, hardware
+from tsp_utils.study.feature_sets import draw_rows
+from tsp_utils.study.finetuning_runs import N_IMAGES, N_SEEDS
+from tsp_utils.systems.icbpl import ICBPLHeads
+from tsp_utils.systems.rivals import RIVALS, train_rival
 
 logger = logging.getLogger(__name__)
 

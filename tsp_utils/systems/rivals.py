@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from tsp_utils.heads import LinearHeads, draw_pairs, init_heads, kmeans
-from tsp_utils.icbpl import ICBPLHeads
 from tsp_utils.losses import log_probabilities, loss_terms, tsp_loss
 from tsp_utils.neighbors import Neighbors, neighbor_weights
+from tsp_utils.systems.icbpl import ICBPLHeads
 
 
 @dataclass

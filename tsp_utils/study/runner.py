@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from tsp_utils.cache import code_called_by, find_device
 from tsp_utils.datasets import dataset_files
 from tsp_utils.paths import REPOSITORY, bundled_dir, cache_dir, data_dir, write_whole
-from tsp_utils.study import Study, load_study
+from tsp_utils.study.profile import Study, load_study
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 QUIET = ["--IPKernelApp.log_level=CRITICAL"]  # else each kernel warns of TCP, and of its own end

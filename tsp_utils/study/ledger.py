@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from tsp_utils.claims import (
+from tsp_utils.study.claims import (
     CLAIMS,
     Claim,
     Verdict,
@@ -122,13 +122,13 @@ def read_evidence(study, claims: Sequence[Claim] = CLAIMS) -> list[Evidence]:
 
 def _stamp(study, notebook: str) -> dict:
     """What evidence depends on: the settings, and the hash by which the notebook is run again."""
-    from tsp_utils import run
+    from tsp_utils.study import runner
 
-    path = next(iter(run.NOTEBOOKS.glob(f"{notebook}_*.ipynb")), None)
+    path = next(iter(runner.NOTEBOOKS.glob(f"{notebook}_*.ipynb")), None)
     if path is None:
-        raise ValueError(f"There is no notebook {notebook} in {run.NOTEBOOKS}; pass the number "
+        raise ValueError(f"There is no notebook {notebook} in {runner.NOTEBOOKS}; pass the number "
                          f"that its file begins with.")
-    return {"study": repr(study), "notebook": run.notebook_hash(path, study)}
+    return {"study": repr(study), "notebook": runner.notebook_hash(path, study)}
 
 
 def table_of(cells: Sequence[Evidence]) -> pd.DataFrame:

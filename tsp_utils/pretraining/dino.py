@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 
-from tsp_utils.multi_crop import multi_crop
+from tsp_utils.pretraining.multi_crop import multi_crop
 
 logger = logging.getLogger(__name__)
 

@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 
 from tsp_utils import cache
-from tsp_utils.arms import ARMS, arm_images, hardware
 from tsp_utils.backbones import BACKBONES, Backbone
 from tsp_utils.cache import versions
 from tsp_utils.datasets import load_dataset
-from tsp_utils.feature_sets import FeatureSet
 from tsp_utils.features import extract_features
-from tsp_utils.patch_kmeans import PatchKMeans, learn_patch_kmeans
+from tsp_utils.patch_kmeans import PatchKMeans
 from tsp_utils.paths import bundled_dir, write_lines
-from tsp_utils.readouts import read_out
+from tsp_utils.pretraining.dictionary import learn_patch_kmeans
+from tsp_utils.study.arms import ARMS, arm_images, hardware
+from tsp_utils.study.feature_sets import FeatureSet
+from tsp_utils.study.readouts import read_out
 
 logger = logging.getLogger(__name__)
 

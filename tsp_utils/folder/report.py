@@ -162,7 +162,7 @@ def _command(found) -> str:
         call = ", ".join([repr(str(found.folder)), str(n_clusters)] + [
             f"{name}={value if isinstance(value, Number) else repr(str(value))}"
             for name, value in named.items()])
-        words = ["python", "-c", "from tsp_utils.cluster_folder import cluster_folder; "
+        words = ["python", "-c", "from tsp_utils.folder.cluster_folder import cluster_folder; "
                                  f"cluster_folder({call})"]
     else:
         words = ["python", "-m", "tsp_utils", "cluster", _as_path(found.folder), "--n-clusters",

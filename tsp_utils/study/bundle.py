@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from tsp_utils.arms import ARMS, find_arm
 from tsp_utils.backbones import load_backbone, spec_of_recipe
 from tsp_utils.cache import versions
 from tsp_utils.datasets import DATASETS, load_dataset
-from tsp_utils.feature_sets import FeatureSet, save_vectors
 from tsp_utils.features import cached_features
 from tsp_utils.neighbors import knn_accuracy
-from tsp_utils.patch_kmeans import learn_patch_kmeans
 from tsp_utils.paths import bundled_dir, runs_dir, write_json, write_lines, write_whole
-from tsp_utils.readouts import read_out, small_pool_consistency
+from tsp_utils.pretraining.dictionary import learn_patch_kmeans
+from tsp_utils.study.arms import ARMS, find_arm
+from tsp_utils.study.feature_sets import FeatureSet, save_vectors
+from tsp_utils.study.readouts import read_out, small_pool_consistency
 
 PRETRAINED = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k", "vit_pico_cpu", "resnet_nano_cpu")
 VECTOR_BACKBONES = ("vit_mini_random", "patch_kmeans", *PRETRAINED)

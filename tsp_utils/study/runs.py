@@ -10,7 +10,6 @@ import pandas as pd
 
 from tsp_utils import cache
 from tsp_utils.cache import find_device, versions  # noqa: F401 (asked for here)
-from tsp_utils.feature_sets import FeatureSet
 from tsp_utils.heads import (
     LinearHeads,
     MLPHeads,
@@ -23,6 +22,7 @@ from tsp_utils.heads import (
 )
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.neighbors import nearest_neighbors
+from tsp_utils.study.feature_sets import FeatureSet
 
 logger = logging.getLogger(__name__)
 

@@ -21,16 +21,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from tsp_utils import cache
-from tsp_utils.baselines import KMEANS, MIXTURE, SPECTRAL, run_baseline
 from tsp_utils.cache import find_device, versions
-from tsp_utils.claims import bootstrap_interval, t_interval
-from tsp_utils.feature_sets import FeatureSet
-from tsp_utils.head_runs import fit_kmeans
 from tsp_utils.heads import Scaler, best_head
 from tsp_utils.metrics import clustering_metrics, match_clusters
 from tsp_utils.neighbors import nearest_neighbors
 from tsp_utils.paths import bundled_dir, write_json
-from tsp_utils.rivals import RIVALS, train_rival
+from tsp_utils.study.baselines import KMEANS, MIXTURE, SPECTRAL, run_baseline
+from tsp_utils.study.claims import bootstrap_interval, t_interval
+from tsp_utils.study.feature_sets import FeatureSet
+from tsp_utils.study.runs import fit_kmeans
+from tsp_utils.systems.rivals import RIVALS, train_rival
 
 logger = logging.getLogger(__name__)
 
@@ -321,7 +321,7 @@ def records_path() -> Path:
 
 def run_heads_compared(profile: str = "offline") -> Path:
     """All methods, ten seeds, two backbones on every target of the profile; writes the records."""
-    from tsp_utils.study import load_study
+    from tsp_utils.study.profile import load_study
 
     study, rows, trials, probes = load_study(profile), [], [], []
     for dataset, backbone in product(study.datasets, compared_backbones(study)):

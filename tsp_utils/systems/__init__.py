@@ -1,0 +1,1 @@
+"""What others do with the same features: their losses, their heads, fine-tuning."""
