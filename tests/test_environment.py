@@ -14,7 +14,8 @@ CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
 
 def declared() -> dict[str, str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in project["dependencies"])
+    lines = sum(project["optional-dependencies"].values(), project["dependencies"])
+    return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in lines)
 
 
 def test_conda_environment_names_the_same_packages_and_versions():

@@ -1,10 +1,14 @@
 """The house: who may import whom, how large it is, and that a wheel holds all of it."""
 
+import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("folder", "pretraining", "study", "systems")
@@ -31,16 +35,61 @@ def test_the_package_does_not_grow():
     assert top <= MOST_ON_TOP and sum(lines.values()) <= MOST_IN_ALL, said
 
 
-def test_a_wheel_holds_the_rooms_and_what_ships(tmp_path):
-    source = tmp_path / "source"  # a copy: a build leaves files that the next one would take in
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """The package as pip puts it among others, without a clone; with a folder beside it."""
+    place = tmp_path_factory.mktemp("wheel")
+    source = place / "source"  # a copy: a build leaves files that the next one would take in
     shutil.copytree(ROOT / "tsp_utils", source / "tsp_utils", ignore=lambda *_: ["__pycache__"])
     for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-TEXT"):
         shutil.copy(ROOT / name, source)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
-                    "-w", str(tmp_path), "."], cwd=source, check=True, capture_output=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        held = {name for name in wheel.namelist() if name.startswith("tsp_utils/")}
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", place, "."],
+                   cwd=source, check=True, capture_output=True)
+    subprocess.run([*pip, "install", "--no-deps", "--target", place / "site",
+                    next(place.glob("*.whl"))], check=True, capture_output=True)
+    shutil.rmtree(source)
+    images = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), np.uint8)
+    (place / "photos").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image // 4 + np.uint8(60 * (i % 3))).save(place / "photos" / f"{i}.png")
+    return place
+
+
+def outside(place: Path, *arguments) -> subprocess.CompletedProcess:
+    """Python with the installed package, in a folder that is no clone, with a home of its own."""
+    home = {name: str(place / "home") for name in ("HOME", "USERPROFILE", "LOCALAPPDATA")}
+    plain = {key: value for key, value in os.environ.items()
+             if not key.startswith(("TSP_", "XDG_"))}
+    return subprocess.run([sys.executable, *arguments], cwd=place, text=True, capture_output=True,
+                          env=plain | home | {"PYTHONPATH": str(place / "site")})
+
+
+def test_a_wheel_holds_the_rooms_and_what_ships(installed):
     package = ROOT / "tsp_utils"
-    wanted = [*package.rglob("*.py"), *(package / "bundled").rglob("*.*"),
-              package / "folder" / "report.html.jinja"]
-    assert {path.relative_to(ROOT).as_posix() for path in wanted} <= held
+    wanted = [*package.rglob("*.py"), *package.rglob("*.yaml"), package / "py.typed",
+              *(package / "bundled").rglob("*.*"), package / "folder" / "report.html.jinja"]
+    assert all((installed / "site" / path.relative_to(ROOT)).exists() for path in wanted)
+
+
+def test_an_installed_package_serves_a_folder_and_an_estimator(installed):
+    done = outside(installed, "-m", "tsp_utils", "cluster", "photos", "--n-clusters", "3")
+    assert done.returncode == 0, done.stderr
+    assert (installed / "clusters" / "photos" / "report.html").exists()
+    code = ("import numpy as np, tsp_utils as t; from tsp_utils import paths\n"
+            "x = np.random.default_rng(0).standard_normal((60, 8)).astype('float32')\n"
+            "print(t.__file__, paths.cache_dir(), t.load_study().n_seeds,"
+            " len(t.TSPClustering(3, random_state=0, min_steps=10).fit_predict(x)))")
+    done = outside(installed, "-c", code)
+    file, cache, seeds, n = done.stdout.split()
+    assert (Path(file).is_relative_to(installed / "site") and seeds == "10" and n == "60"
+            and Path(cache).is_relative_to(installed / "home") and Path(cache).is_dir()), done
+    made = {path.name for path in installed.iterdir()} - {"site", "home", "photos", "clusters"}
+    assert all(name.endswith(".whl") for name in made)
+
+
+@pytest.mark.parametrize("command", ["setup", "reproduce", "figures"])
+def test_what_wants_a_clone_says_so(installed, command):
+    done = outside(installed, "-m", "tsp_utils", command)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "this is an installed package" in done.stderr

@@ -17,13 +17,14 @@ from threadpoolctl import threadpool_limits
 from tsp_utils import clustering_metrics, heads, load_backbone, load_dataset, losses
 from tsp_utils.heads import scale_features
 from tsp_utils.image_folders import find_images, read_images
-from tsp_utils.paths import REPOSITORY, data_dir, write_json
+from tsp_utils.paths import data_dir, write_json
+from tsp_utils.study import profile
 from tsp_utils.study.feature_sets import draw_rows, load_vectors
 from tsp_utils.study.profile import Study, load_study
 from tsp_utils.study.runs import code_of_heads, run_heads, summarise
 
 pytestmark = pytest.mark.filterwarnings("ignore:Collapse")  # a few steps on a few images
-PROFILES = sorted(path.stem for path in (REPOSITORY / "profiles").glob("*.yaml"))
+PROFILES = sorted(path.stem for path in profile.PROFILES.glob("*.yaml"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -152,14 +153,13 @@ def test_a_study_is_its_settings_and_does_not_change():
 
 
 def test_a_damaged_profile_is_named(tmp_path, monkeypatch):
-    (tmp_path / "profiles").mkdir()
-    monkeypatch.setattr("tsp_utils.study.profile.REPOSITORY", tmp_path)
+    monkeypatch.setattr(profile, "PROFILES", tmp_path)
     for text, sentence in (("datasets: [a", "mine.yaml cannot be read"),
                            ("- a\n- b\n", "mine.yaml is not"),
                            ("datasets: [a]\nbackbones: [b]\n", "lacks default_backbone, protocol"),
                            ("datasets: []", r"datasets is \[\]; pass names"),
                            ("datasets: pixels", "datasets is 'pixels'; pass names")):
-        (tmp_path / "profiles" / "mine.yaml").write_text(text)
+        (tmp_path / "mine.yaml").write_text(text)
         with pytest.raises(ValueError, match=sentence):
             load_study("mine")
 

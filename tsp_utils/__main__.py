@@ -29,6 +29,9 @@ MAKING = {
 }
 
 
+WITHOUT_CLONE = ("cluster",)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m tsp_utils", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -76,8 +79,11 @@ def main(arguments) -> int:
     if args.command == "setup":
         environment.set_up()
         return 0
-    if not environment.is_ready():
+    if environment.IS_CLONE and not environment.is_ready():
         return environment.run_in_venv(arguments)
+    if not environment.IS_CLONE and args.command not in WITHOUT_CLONE:
+        raise OSError(f"{args.command} works on the notebooks and records of a clone, and this is "
+                      f"an installed package; clone the repository and run it there.")
 
     import logging
     import warnings
@@ -173,8 +179,13 @@ def report(steps) -> None:
     print(f"{'all':28s} {'':20s} {time.perf_counter() - start:6.0f} s")
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The command `tsp-utils`, and python -m tsp_utils: one sentence where it cannot."""
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    console()

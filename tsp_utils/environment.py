@@ -17,6 +17,7 @@ VENV = REPOSITORY / ".venv"
 VENV_PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / ".complete"  # holds the hash of the lock that was installed
 NEEDED = ("torch", "torchvision", "timm", "faiss", "sklearn", "umap", "papermill", "jupyterlab")
+IS_CLONE = (REPOSITORY / "requirements.lock").exists()  # an installed package has no .venv to make
 DISK_GB = 7  # measured on Linux, where the lock brings torch with its CUDA libraries
 
 
@@ -27,6 +28,9 @@ def is_ready() -> bool:
 
 def set_up() -> Path:
     """Create or complete .venv from requirements.lock; returns its Python. Raises OSError."""
+    if not IS_CLONE:
+        raise OSError("setup makes the .venv of a clone, and this is an installed package; what "
+                      "the notebooks need comes with pip install 'tsp_utils[study]'.")
     lock = REPOSITORY / "requirements.lock"
     wanted = hashlib.sha256(lock.read_bytes()).hexdigest()
     if STAMP.exists() and VENV_PYTHON.exists() and STAMP.read_text().strip() == wanted:

@@ -9,23 +9,31 @@ import os
 import secrets
 from pathlib import Path
 
+from platformdirs import user_cache_path, user_data_path
+
 PACKAGE = Path(__file__).resolve().parent
 REPOSITORY = PACKAGE.parent
+IS_CLONE = (REPOSITORY / "notebooks").is_dir()  # and not what pip put among the packages
 
 
 def data_dir() -> Path:
-    """Folder of images and downloaded weights: $TSP_DATA, else data/ in the repository."""
-    return Path(os.environ.get("TSP_DATA") or REPOSITORY / "data")
+    """Folder of images and downloaded weights: $TSP_DATA, else data/ in the clone.
+
+    Of an installed package, here and below, the user's own folder for such files.
+    """
+    return Path(os.environ.get("TSP_DATA") or (
+        REPOSITORY / "data" if IS_CLONE else user_data_path("tsp_utils", appauthor=False)))
 
 
 def cache_dir() -> Path:
-    """Folder of extracted features and trained heads: $TSP_CACHE, else cache/ in the repository."""
-    return Path(os.environ.get("TSP_CACHE") or REPOSITORY / "cache")
+    """Folder of extracted features and trained heads: $TSP_CACHE, else cache/ in the clone."""
+    return Path(os.environ.get("TSP_CACHE") or (
+        REPOSITORY / "cache" if IS_CLONE else user_cache_path("tsp_utils", appauthor=False)))
 
 
 def runs_dir() -> Path:
-    """Folder of executed notebooks, their figures and run records."""
-    return REPOSITORY / "runs"
+    """Folder of executed notebooks, figures and run records: runs/ in the clone, else here."""
+    return (REPOSITORY if IS_CLONE else Path.cwd()) / "runs"
 
 
 def bundled_dir() -> Path:

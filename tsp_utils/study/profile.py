@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from tsp_utils.datasets import ImageDataset
-from tsp_utils.paths import REPOSITORY, runs_dir, write_whole
+from tsp_utils.paths import runs_dir, write_whole
 from tsp_utils.study.claims import claim_of
 from tsp_utils.study.feature_sets import (
     FeatureSet,
@@ -27,6 +27,7 @@ from tsp_utils.study.feature_sets import (
 )
 from tsp_utils.study.runs import HeadRuns, run_heads, run_kmeans
 
+PROFILES = Path(__file__).parent / "profiles"
 WITH_IMAGES = ("fashion-mnist",)  # sets whose test images ship, whatever vectors do
 
 # The types of settings, each with what to pass in words.
@@ -196,12 +197,12 @@ class Study(Settings):
 
 
 def load_study(profile: str = "offline") -> Study:
-    """Read profiles/NAME.yaml; "NAME key=value key=a,b" overrides single settings.
+    """Read study/profiles/NAME.yaml; "NAME key=value key=a,b" overrides single settings.
 
     Raises ValueError for an unknown profile, key (the nearest known one is named) or bad value.
     """
     name, *overrides = profile.split() or [""]
-    path = REPOSITORY / "profiles" / f"{name}.yaml"
+    path = PROFILES / f"{name}.yaml"
     if not path.exists():
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         raise ValueError(f"There is no profile {name!r}; pass one of {', '.join(known)}.")
