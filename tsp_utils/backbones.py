@@ -144,7 +144,7 @@ def model_card(name: str) -> dict | None:
 
 
 def spec_of_recipe(name: str, recipe: Mapping, file: str = "") -> BackboneSpec:
-    """The row of a network that `pretrain.py` made; recipe: a `DinoRecipe` as a mapping."""
+    """The row of a network that `pretraining.dino` made; recipe: a `DinoRecipe` as a mapping."""
     options = {key: tuple(value) if isinstance(value, list) else value
                for key, value in recipe["options"] if key != "dynamic_img_size"}
     return BackboneSpec(name, recipe["architecture"], options, "bundled", file,
