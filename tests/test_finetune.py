@@ -62,8 +62,9 @@ def test_the_loss_falls_further_than_with_a_frozen_backbone(start):
 
     def loss_after(trained):
         head = copy_of(heads)
-        tuned = finetune(backbone, head, IMAGES, scale=scale, trained=trained, learning_rate=1e-3,
-                         head_learning_rate=1e-3, n_epochs=8, batch_size=64)
+        # at 1e-3 it depends on the last digits where it ends, and so on the processor
+        tuned = finetune(backbone, head, IMAGES, scale=scale, trained=trained, learning_rate=3e-4,
+                         n_epochs=8, batch_size=64)
         x = extract_features(tuned, IMAGES, progress=False) * np.float32(scale)
         nearest = nearest_neighbors(x, 20).indices[:, 0]
         with torch.no_grad():
