@@ -199,6 +199,7 @@ def test_the_printed_command_has_every_setting_whatever_the_names(name, tmp_path
     words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True,
                            check=True).stdout.split(b"\0")[:-1]
     asked = vars(command.parser().parse_args([os.fsdecode(word) for word in words][3:]))
+    assert asked.pop("do") is command.cluster_images
     path = f"./{name}" if name[0] == "-" else name
     assert asked == {
         "command": "cluster", "folder": path, "n_clusters": 5, "backbone": "timm:" + name,
