@@ -103,15 +103,26 @@ def test_read_outs_are_of_three_checkpoints_and_agree_with_the_vectors(name):
 def test_the_table_of_the_mini_arms_is_their_records(name):
     """Trained on a GPU, and bundled as read-outs alone."""
     page = (REPOSITORY / "docs" / "pretraining.md").read_text()
-    rows = re.findall(rf"^\| `{name}` \| (\w+).* \| ([\d.]+) \| (\S+ \+- \S+) \| (\S+ \+- \S+) \|$",
-                      page, re.M)
+    scores = r"(\S+ \+- \S+) \| (\S+ \+- \S+) \|$"
+    rows = re.findall(rf"^\| `{name}` \| (\w+).* \| (.+) \| ([\d.]+) \| " + scores, page, re.M)
     records = readouts(name)
     assert len(rows) == len(records)
-    for (mark, consistency, *accuracies), record in zip(rows, records, strict=True):
+    for (mark, at_home, consistency, *accuracies), record in zip(rows, records, strict=True):
         acc = [np.array(record[method]["acc"]) for method in ("k-means", "head")]
         assert record["checkpoint"] == mark
+        knn = record.get("knn_tinyimagenet_val")
+        assert at_home == ("not read" if knn is None else f"{knn:.2f}")
         assert consistency == f"{record['consistency']['20']:.1f}"
         assert accuracies == [f"{a.mean():.1f} +- {a.std(ddof=1):.1f}" for a in acc]
+
+
+def test_the_page_of_the_search_is_its_record():
+    page = (REPOSITORY / "docs" / "closed_form.md").read_text()
+    record = json.loads((REPOSITORY / "docs" / "closed_form.json").read_text())
+    tried = [f"| {t['best']['knn']:.2f} | {t['best']['cons']:.2f} |" for t in record["trials"]]
+    ended = [f"| {f['knn']:.1f} | {f['cons']:.1f} | {f['acc']:.1f} +- {f['acc_sd']:.1f} |"
+             for f in record["finals"]]
+    assert len(tried) == 23 and len(ended) == 4 and all(row in page for row in tried + ended)
 
 
 @pytest.mark.parametrize("name", VECTOR_BACKBONES)

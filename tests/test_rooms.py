@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("folder", "pretraining", "study", "systems")
 # Lines that there may be: lower them where something was deleted. The aim is 1,600 on top and
 # 5,500 in all.
 MOST_ON_TOP, MOST_IN_ALL = 3_250, 8_200

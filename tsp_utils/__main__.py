@@ -29,9 +29,6 @@ MAKING = {
 }
 
 
-WITHOUT_CLONE = ("cluster",)
-
-
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m tsp_utils", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -81,7 +78,7 @@ def main(arguments) -> int:
         return 0
     if environment.IS_CLONE and not environment.is_ready():
         return environment.run_in_venv(arguments)
-    if not environment.IS_CLONE and args.command not in WITHOUT_CLONE:
+    if not environment.IS_CLONE and args.command != "cluster":
         raise OSError(f"{args.command} works on the notebooks and records of a clone, and this is "
                       f"an installed package; clone the repository and run it there.")
 

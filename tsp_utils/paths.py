@@ -11,9 +11,9 @@ from pathlib import Path
 
 from platformdirs import user_cache_path, user_data_path
 
+from tsp_utils.environment import IS_CLONE, REPOSITORY
+
 PACKAGE = Path(__file__).resolve().parent
-REPOSITORY = PACKAGE.parent
-IS_CLONE = (REPOSITORY / "notebooks").is_dir()  # and not what pip put among the packages
 
 
 def data_dir() -> Path:

@@ -55,15 +55,10 @@ SOURCE, TARGET = ("tinyimagenet32",), ("cifar10",)
 N_REPORTS = 20  # read-outs of a run
 MINI_IMAGES, NANO_IMAGES, NANO_CPU_IMAGES, PAPER_IMAGES = 1_600_000, 512_000, 512_000, 5_000_000
 VIT = dict(patch_size=4, img_size=32, dynamic_img_size=True)
-
-
-def _network(architecture: str, **options) -> DinoRecipe:
-    return DinoRecipe(architecture, tuple(options.items()), (("drop_path_rate", 0.1),))
-
-
 # Small batches for as many steps as they allow, and batch norm in the head.
-NANO = replace(_network("vit_tiny_patch16_224", **VIT, embed_dim=128, depth=6, num_heads=4),
-               batch_size=256, head_norm=True)
+NANO = DinoRecipe("vit_tiny_patch16_224",
+                  tuple((VIT | dict(embed_dim=128, depth=6, num_heads=4)).items()),
+                  (("drop_path_rate", 0.1),), batch_size=256, head_norm=True)
 RESNET_NANO = replace(NANO, architecture="small_resnet", options=tuple(dict(
     layers=(3, 2, 3, 2), channels=(20, 40, 80, 160)).items()))
 # On CPU cores: global crops of 24 px, about the scale at which a mean crop was seen, cost half; a

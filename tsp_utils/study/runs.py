@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from tsp_utils import cache
-from tsp_utils.cache import find_device, versions  # noqa: F401 (asked for here)
+from tsp_utils.cache import find_device
 from tsp_utils.heads import (
     LinearHeads,
     MLPHeads,
