@@ -18,7 +18,12 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 .venv/.complete: requirements.lock
-	@$(PYTHON3) -m tsp_utils setup
+	@$(PYTHON3) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("Python 3.11 to 3.13 is needed and this is %d.%d; name another one, for example make setup PYTHON3=python3.12." % v)'
+	@echo "Installing into .venv (once; 7 GB on disk, a few minutes)"
+	@$(PYTHON3) -m venv .venv
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.lock
+	@.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
 
 setup: $(VENV_STAMP)  ## create .venv from requirements.lock (once; skipped when it is there)
 
@@ -38,14 +43,14 @@ test-quick: $(VENV_STAMP)  ## lint and the tests of the method alone: no noteboo
 notebooks: $(VENV_STAMP)  ## open the notebooks in JupyterLab
 	@$(PYTHON) -m jupyterlab notebooks
 
-refresh: $(VENV_STAMP)  ## run the notebooks and write their outputs back into notebooks/
+refresh: reproduce  ## run the notebooks and put their outputs into notebooks/
 	@$(PYTHON) -m tsp_utils refresh
 
 figures: $(VENV_STAMP)  ## copy the figures and tables of a finished run into figures/
 	@$(PYTHON) -m tsp_utils figures --profile $(PROFILE)
 
 pretrain-paper: $(VENV_STAMP)  ## pretrain the 224-px arms that the paper's Figs 4b, 6 and 7a need (one GPU)
-	@for arm in $(PRETRAIN_ARMS); do $(PYTHON) -m tsp_utils pretrain $$arm || exit 1; done
+	@for arm in $(PRETRAIN_ARMS); do $(PYTHON) -m experiments pretrain $$arm || exit 1; done
 
 bench: $(VENV_STAMP)  ## measure speed and memory, print the README's benchmark table
 	@$(PYTHON) -m benchmarks.bench

@@ -30,7 +30,7 @@ from tsp_utils.heads import init_heads, scale_features, train_heads
 from tsp_utils.neighbors import Neighbors, nearest_neighbors, neighbor_weights
 from tsp_utils.paths import REPOSITORY
 from tsp_utils.study.feature_sets import FeatureSet
-from tsp_utils.study.heads_compared import METHODS, FeaturesToCluster, scores_of
+from tsp_utils.study.head_comparison import METHODS, FeaturesToCluster, scores_of
 from tsp_utils.study.profile import load_study
 
 C, D, K, BATCH, SEEDS, ROUNDS = 10, 384, 20, 256, range(10), 3
@@ -198,7 +198,7 @@ def all_heads(n: int, profile: str, dim: int = 192) -> tuple[str, str, str, str]
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, TSP_CACHE=folder):
         data = FeaturesToCluster(study, found, found)
         untuned = pd.DataFrame([dict(learning_rate=1e-3, sharpness=1.0, chosen=True)])
-        with mock.patch("tsp_utils.study.heads_compared.tune", lambda data, method: untuned):
+        with mock.patch("tsp_utils.study.head_comparison.tune", lambda data, method: untuned):
             for method in tqdm(METHODS, "heads", leave=False):
                 start = time.perf_counter()
                 with suppress(ValueError):  # too few samples for a mixture

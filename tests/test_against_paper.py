@@ -11,7 +11,7 @@ import tsp_utils.__main__ as command
 from tsp_utils.study.against_paper import compare, table_1, welch_interval
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.published import TABLE_1
-from tsp_utils.study.runs import code_of_heads
+from tsp_utils.study.training import code_of_heads
 
 PAPER = {(row.method, row.dataset): row for row in TABLE_1}
 

@@ -13,10 +13,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import tsp_utils.study.arms as arms
-from tsp_utils.datasets import ImageDataset
-from tsp_utils.pretraining.dino import Dino, DinoRecipe, schedule
-from tsp_utils.study.arms import (
+import experiments.arms as arms
+from experiments.arms import (
     ARMS,
     MINI,
     NANO,
@@ -30,6 +28,8 @@ from tsp_utils.study.arms import (
     gflop_per_image,
     pretrain_arm,
 )
+from tsp_utils.datasets import ImageDataset
+from tsp_utils.pretraining.dino import Dino, DinoRecipe, schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,20 +10,20 @@ import pytest
 import timm
 import torch
 
-from tsp_utils.backbones import BACKBONES, load_backbone
-from tsp_utils.datasets import ImageDataset, load_dataset
-from tsp_utils.features import cached_features
-from tsp_utils.neighbors import knn_accuracy
-from tsp_utils.paths import REPOSITORY, bundled_dir, data_dir
-from tsp_utils.study import bundle
-from tsp_utils.study.arms import ARMS, save_backbone
-from tsp_utils.study.bundle import (
+from experiments import what_ships
+from experiments.arms import ARMS, save_backbone
+from experiments.what_ships import (
     C5_CLASSES,
     PRETRAINED,
     VECTOR_BACKBONES,
     _network_of,
     bundle_backbone,
 )
+from tsp_utils.backbones import BACKBONES, load_backbone
+from tsp_utils.datasets import ImageDataset, load_dataset
+from tsp_utils.features import cached_features
+from tsp_utils.neighbors import knn_accuracy
+from tsp_utils.paths import REPOSITORY, bundled_dir, data_dir
 from tsp_utils.study.feature_sets import load_vectors
 
 each = pytest.mark.parametrize("name", PRETRAINED)
@@ -168,10 +168,10 @@ def finished_arms(monkeypatch, tmp_path):
             save_backbone(network, folder / f"{mark}.safetensors")
         (folder / "log.json").write_text(json.dumps({"name": name, "recipe": vars(recipe)}))
     monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(bundle, "read_out", lambda found: {"n": len(found.labels)})
-    monkeypatch.setattr(bundle, "load_dataset", images_of)
-    monkeypatch.setattr(bundle, "runs_dir", lambda: tmp_path / "runs")
-    monkeypatch.setattr(bundle, "bundled_dir", lambda: tmp_path / "bundled")
+    monkeypatch.setattr(what_ships, "read_out", lambda found: {"n": len(found.labels)})
+    monkeypatch.setattr(what_ships, "load_dataset", images_of)
+    monkeypatch.setattr(what_ships, "runs_dir", lambda: tmp_path / "runs")
+    monkeypatch.setattr(what_ships, "bundled_dir", lambda: tmp_path / "bundled")
     return tmp_path / "bundled"
 
 
@@ -192,27 +192,27 @@ def test_a_finished_arm_is_bundled_and_another_seed_leaves_its_read_outs(finishe
 
 
 def test_nothing_is_written_before_all_is_computed(finished_arms, monkeypatch):
-    monkeypatch.setattr(bundle, "knn_readouts", lambda network: 1 / 0)
+    monkeypatch.setattr(what_ships, "knn_readouts", lambda network: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bundle_backbone("vit_nano")
     assert not finished_arms.exists()
 
 
 def test_an_unfinished_arm_is_not_bundled(monkeypatch, tmp_path):
-    monkeypatch.setattr("tsp_utils.study.bundle.runs_dir", lambda: tmp_path)
-    with pytest.raises(ValueError, match="did you mean 'vit_nano'"):
+    monkeypatch.setattr("experiments.what_ships.runs_dir", lambda: tmp_path)
+    with pytest.raises(ValueError, match="nearest one is 'vit_nano'"):
         bundle_backbone("vit_nan")
-    with pytest.raises(FileNotFoundError, match="run python -m tsp_utils pretrain vit_nano first"):
+    with pytest.raises(FileNotFoundError, match="run python -m experiments pretrain"):
         bundle_backbone("vit_nano")
 
 
 def test_a_dictionary_learned_again_takes_its_place_with_its_card(monkeypatch, tmp_path):
-    small = functools.partial(bundle.learn_patch_kmeans, n_atoms=16, n_features=8, n_patches=2000,
-                              n_pca_images=200)
+    small = functools.partial(what_ships.learn_patch_kmeans, n_atoms=16, n_features=8,
+                              n_patches=2000, n_pca_images=200)
     monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(bundle, "learn_patch_kmeans", small)
-    monkeypatch.setattr(bundle, "load_dataset", images_of)
-    path = bundle.learn_patches(tmp_path / "dictionary" / "patches.safetensors")
+    monkeypatch.setattr(what_ships, "learn_patch_kmeans", small)
+    monkeypatch.setattr(what_ships, "load_dataset", images_of)
+    path = what_ships.learn_patches(tmp_path / "dictionary" / "patches.safetensors")
     written = json.loads(path.with_suffix(".json").read_text())
     assert written["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert written["atoms"] == 16 and len(written["knn"]) == 2

@@ -11,16 +11,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tsp_utils.study import claims
-from tsp_utils.study.claims import (
-    CLAIMS,
-    COMPARED_K,
-    ICBPL_CLAIMS,
-    RULES,
-    decide,
-    decide_equivalence,
-    holm,
-)
+from tsp_utils.study import decisions
+from tsp_utils.study.claims import CLAIMS, ICBPL_CLAIMS, RULES
+from tsp_utils.study.decisions import COMPARED_K, decide, decide_equivalence, holm
 
 PAGE = (Path(__file__).parents[1] / "docs" / "rules.md").read_text(encoding="utf-8")
 
@@ -172,7 +165,7 @@ def test_metrics_of_other_pairs_are_refused():
 def test_t_interval_is_that_of_a_paired_t_test(level):
     rng = np.random.default_rng(3)
     a, b = rng.normal(60, 2, 10), rng.normal(58, 2, 10)
-    mean, low, high = claims.t_interval(a - b, level)
+    mean, low, high = decisions.t_interval(a - b, level)
     expected = stats.ttest_rel(a, b).confidence_interval(level)
     np.testing.assert_allclose([mean, low, high], [(a - b).mean(), *expected])
 
@@ -180,8 +173,8 @@ def test_t_interval_is_that_of_a_paired_t_test(level):
 def test_equal_differences_have_an_interval_of_no_width_and_warn_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert claims.t_interval([1.99, 1.99, 1.99]) == (1.99, 1.99, 1.99)
-        assert claims.t_interval([0.0, 0.0]) == (0, 0, 0)
+        assert decisions.t_interval([1.99, 1.99, 1.99]) == (1.99, 1.99, 1.99)
+        assert decisions.t_interval([0.0, 0.0]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 10])
@@ -189,42 +182,42 @@ def test_sign_flip_p_is_that_of_brute_force(n):
     d = np.random.default_rng(n).normal(0.7, 1, n).round(1)  # rounded, so that ties occur
     flips = np.array(list(itertools.product([-1, 1], repeat=n)))
     sums = np.abs((flips * d).sum(1))
-    assert claims.sign_flip_p(d) == np.mean(sums >= abs(d.sum()) - 1e-9)
+    assert decisions.sign_flip_p(d) == np.mean(sums >= abs(d.sum()) - 1e-9)
 
 
 def test_sign_flip_p_by_hand_and_at_twenty():
-    assert claims.sign_flip_p([1, 2, 3]) == 2 / 8
-    assert claims.sign_flip_p([-1, 2, 3]) == 4 / 8  # |sum| >= 4: 6 and 4, and their negatives
-    assert claims.sign_flip_p([0.0, 0.0]) == 1
-    assert claims.sign_flip_p(np.ones(20)) == 2 / 2**20
+    assert decisions.sign_flip_p([1, 2, 3]) == 2 / 8
+    assert decisions.sign_flip_p([-1, 2, 3]) == 4 / 8  # |sum| >= 4: 6 and 4, and their negatives
+    assert decisions.sign_flip_p([0.0, 0.0]) == 1
+    assert decisions.sign_flip_p(np.ones(20)) == 2 / 2**20
 
 
 def test_sign_flip_p_above_twenty_is_seeded_and_near_the_exact_one():
     d = np.concatenate([np.ones(15), -np.ones(6)])  # the number of pluses is binomial
     exact = stats.binomtest(15, 21, 0.5).pvalue
-    p = claims.sign_flip_p(d)
-    assert p == claims.sign_flip_p(d)
+    p = decisions.sign_flip_p(d)
+    assert p == decisions.sign_flip_p(d)
     assert abs(p - exact) < 4 * math.sqrt(exact / 100_000)
-    assert claims.sign_flip_p(np.ones(60)) == 1 / 100_001
+    assert decisions.sign_flip_p(np.ones(60)) == 1 / 100_001
 
 
 @pytest.mark.parametrize("n", [12, 200])
 def test_sums_that_differ_by_rounding_alone_are_ties(n):
     tenths = 0.1 * np.tile([1, 2, 3, -6], n // 4)  # of sum 0, which no flip falls below
-    assert claims.sign_flip_p(tenths) == 1
+    assert decisions.sign_flip_p(tenths) == 1
 
 
 def test_bootstrap_is_seeded_and_near_the_normal_interval():
     d = np.random.default_rng(4).normal(2, 5, 2000)
     half = 1.96 * d.std() / math.sqrt(2000)
-    found = claims.bootstrap_interval(d)
-    assert found == claims.bootstrap_interval(d)
+    found = decisions.bootstrap_interval(d)
+    assert found == decisions.bootstrap_interval(d)
     np.testing.assert_allclose(found, [d.mean() - half, d.mean() + half], atol=0.1 * half)
-    assert np.diff(claims.bootstrap_interval(d, 0.9)) < np.diff(found)
+    assert np.diff(decisions.bootstrap_interval(d, 0.9)) < np.diff(found)
 
 
-@pytest.mark.parametrize("function, n", [(claims.sign_flip_p, 10_000),
-                                         (claims.bootstrap_interval, 50_000)])
+@pytest.mark.parametrize("function, n", [(decisions.sign_flip_p, 10_000),
+                                         (decisions.bootstrap_interval, 50_000)])
 def test_memory_is_bounded_where_all_differences_are_distinct(function, n):
     d = np.random.default_rng(5).normal(0, 1, n)
     tracemalloc.start()
@@ -284,7 +277,7 @@ def test_the_flips_of_many_pairs_are_drawn_once(tmp_path, monkeypatch):
     d = np.random.default_rng(0).standard_normal(40) + 0.3
     first = decide(d, 1.0)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "calls").glob("*.npz")}
-    assert len(kept) == 1 and first.p == claims.sign_flip_p(d)
+    assert len(kept) == 1 and first.p == decisions.sign_flip_p(d)
     assert decide(d, 0.5).p == first.p
     assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "calls").glob("*.npz")}
     assert decide(d + 0.1, 1.0).p != first.p

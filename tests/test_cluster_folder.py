@@ -19,7 +19,7 @@ from PIL import Image
 import tsp_utils.__main__ as command
 from tsp_utils import TSPClustering, cached_features, load_backbone, load_dataset
 from tsp_utils.folder.cluster_folder import cluster_folder, cluster_images
-from tsp_utils.folder.report import MAP_IMAGES, _command, chosen_images, neighbor_shares, report
+from tsp_utils.folder.page import MAP_IMAGES, _command, chosen_images, folder_page, neighbor_shares
 from tsp_utils.image_folders import find_images
 from tsp_utils.paths import REPOSITORY
 
@@ -466,7 +466,7 @@ def test_a_large_folder_keeps_the_page_small(monkeypatch):
               "settings": TSPClustering().get_params(), "seconds": {}, "versions": {}}))
     photo = rng.integers(0, 256, (500, 500, 3), dtype=np.uint8)  # noise is what packs worst
     monkeypatch.setattr("tsp_utils.image_folders._decode", lambda path: photo)
-    monkeypatch.setattr("tsp_utils.folder.report.map_points", lambda features: (
+    monkeypatch.setattr("tsp_utils.folder.page.map_points", lambda features: (
         np.arange(2000), rng.normal(size=(2000, 2))))
-    page = report(found)
+    page = folder_page(found)
     assert len(page.encode()) < 10e6 and page.count("data-image=") == MAP_IMAGES

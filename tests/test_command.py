@@ -1,25 +1,25 @@
 """The command: its exit status, its one sentence on stderr, and the set-up behind it."""
 
-import hashlib
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
-from tsp_utils import environment
+from experiments.__main__ import EXPERIMENTS
+from experiments.__main__ import parser as experiments
 from tsp_utils.__main__ import main, parser
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("setup", "reproduce", "figures", "refresh", "learn-patches", "pretrain", "bundle",
-            "dictionary-arms", "bundle-vectors")
+COMMANDS = ("reproduce", "figures", "refresh", "cluster")
 
 
-def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "tsp_utils", *arguments], cwd=ROOT, text=True,
+def command(*arguments, module: str = "tsp_utils") -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, text=True,
                           capture_output=True, timeout=120)
 
 
@@ -40,10 +40,12 @@ def test_help_lists_every_command():
     done = command("--help")
     assert done.returncode == 0 and done.stderr == ""
     assert all(name in done.stdout for name in COMMANDS)
+    done = command("--help", module="experiments")
+    assert done.returncode == 0 and all(name in done.stdout for name in EXPERIMENTS)
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["reproduce", "--profile", "ofline"], "no profile 'ofline'; pass one of"),
+    (["reproduce", "--profile", "ofline"], "'ofline' is not known; the nearest one is 'offline'"),
     (["reproduce", "--profile", "tiny", "--set", "n_neighbor=5"], "nearest one is 'n_neighbors'"),
 ])
 def test_bad_arguments_end_in_one_sentence(arguments, sentence):
@@ -52,11 +54,12 @@ def test_bad_arguments_end_in_one_sentence(arguments, sentence):
     assert sentence in done.stderr and is_one_sentence(done.stderr)
 
 
-@pytest.mark.parametrize("arguments", [[], ["reproduc"], ["reproduce", "--profil"],
-                                       ["learn-patches", "--seed", "one"]])
-def test_what_is_no_command_is_refused(arguments, capsys):
+@pytest.mark.parametrize("parse, arguments", [
+    (parser, []), (parser, ["reproduc"]), (parser, ["reproduce", "--profil"]), (experiments, []),
+    (experiments, ["pretran"]), (experiments, ["learn-patches", "--seed", "one"])])
+def test_what_is_no_command_is_refused(parse, arguments, capsys):
     with pytest.raises(SystemExit) as left:
-        parser().parse_args(arguments)
+        parse().parse_args(arguments)
     assert left.value.code == 2 and "error:" in capsys.readouterr().err
 
 
@@ -95,116 +98,59 @@ def test_reproduce_passes_its_arguments_on_and_reports(monkeypatch, capsys):
     assert lines[3].endswith("runs/tiny+n_seeds=1+n_neighbors=5")
 
 
-# The set-up.
+# The set-up: five lines of the Makefile.
 
 
-@pytest.fixture
-def bare(tmp_path, monkeypatch) -> list:
-    """A clone without .venv; returns the commands that the set-up would have run."""
-    commands = []
-    monkeypatch.setattr(environment, "REPOSITORY", tmp_path)
-    monkeypatch.setattr(environment, "VENV", tmp_path / ".venv")
-    monkeypatch.setattr(environment, "VENV_PYTHON", tmp_path / ".venv" / "bin" / "python")
-    monkeypatch.setattr(environment, "STAMP", tmp_path / ".venv" / ".complete")
-    monkeypatch.setattr(environment.sys, "version_info", (3, 12, 0))
-    monkeypatch.setattr(environment.shutil, "disk_usage", disk_with(100e9))
-    (tmp_path / "requirements.lock").write_text("torch==1\n")
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-
-    def run(arguments):
-        commands.append([str(a) for a in arguments])
-        if "venv" in arguments:
-            environment.VENV_PYTHON.touch()
-
-    monkeypatch.setattr(environment, "_run", run)
-    monkeypatch.setattr(environment, "_has_pip", lambda python: python.exists())
-    return commands
+def set_up(place: Path, version: str = "3, 12, 0", **environ) -> subprocess.CompletedProcess:
+    """`make setup` with a Python of that version, whose venv only says what it is asked for."""
+    venv = place / ".venv" / "bin"
+    fake = place / "python"
+    fake.write_text(f"""#!/bin/sh
+if [ "$1" = -c ]; then exec {sys.executable} -c "import sys; sys.version_info = ({version}); $2"; fi
+echo "$@" >> {place}/said
+if [ "$2" = venv ]; then mkdir -p {venv}; cp $0 {venv}/python; fi
+if [ -n "$FAILS" ]; then case "$*" in *"$FAILS"*) exit 3;; esac; fi
+""")
+    fake.chmod(0o755)
+    for name in ("Makefile", "requirements.lock"):
+        if not (place / name).exists():
+            shutil.copy(ROOT / name, place)
+    return subprocess.run(["make", "setup", f"PYTHON3={fake}"], cwd=place, text=True,
+                          capture_output=True, env=os.environ | environ)
 
 
-def disk_with(free: float):
-    return lambda path: namedtuple("usage", "total used free")(10**12, 0, free)
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
-def test_set_up_once_and_never_again_until_the_lock_changes(bare, capsys):
-    assert environment.set_up() == environment.VENV_PYTHON
-    assert [("venv" in c, "-r" in c, "-e" in c) for c in bare] == [
-        (True, False, False), (False, True, False), (False, False, True)]
-    lock = environment.REPOSITORY / "requirements.lock"
-    assert environment.STAMP.read_text().strip() == hashlib.sha256(lock.read_bytes()).hexdigest()
-    assert environment.set_up() == environment.VENV_PYTHON and len(bare) == 3
-
-    lock.write_text("torch==2\n")
-    environment.set_up()
-    assert len(bare) == 5 and "venv" not in bare[3]  # packages only
-
-
-def test_a_venv_without_pip_is_made_again(bare, monkeypatch, capsys):
-    environment.VENV_PYTHON.touch()
-    monkeypatch.setattr(environment, "_has_pip", lambda python: False)
-    environment.set_up()
-    assert "venv" in bare[0] and "--clear" in bare[0]
+@needs_make
+def test_set_up_once_until_the_lock_changes_and_again_after_it_stopped(tmp_path):
+    stopped = set_up(tmp_path, FAILS="-r requirements.lock")
+    assert stopped.returncode and not (tmp_path / ".venv" / ".complete").exists()
+    assert set_up(tmp_path).returncode == 0
+    said = (tmp_path / "said").read_text().splitlines()
+    assert [line.split()[1] for line in said] == ["venv", "pip", "venv", "pip", "pip"]
+    assert "-r requirements.lock" in said[-2] and said[-1].endswith("-e .")
+    set_up(tmp_path)
+    assert (tmp_path / "said").read_text().splitlines() == said  # nothing more
+    os.utime(tmp_path / "requirements.lock", (2**32, 2**32))
+    set_up(tmp_path)
+    assert len((tmp_path / "said").read_text().splitlines()) > len(said)
 
 
-def test_a_set_up_that_stopped_is_not_taken_for_whole(bare, monkeypatch, capsys):
-    def stops(arguments):
-        environment.VENV_PYTHON.touch()
-        if "pip" in arguments:
-            raise OSError("Set-up stopped")
-
-    monkeypatch.setattr(environment, "_run", stops)
-    with pytest.raises(OSError, match="Set-up stopped"):
-        environment.set_up()
-    assert not environment.STAMP.exists()
+@needs_make
+@pytest.mark.parametrize("version", ["3, 10, 14", "3, 14, 0"])
+def test_another_python_is_refused(tmp_path, version):
+    done = set_up(tmp_path, version)
+    assert re.search(r"3\.11 to 3\.13 is needed and this is 3\.1[04]; .*PYTHON3=", done.stderr)
+    assert done.returncode and not (tmp_path / ".venv").exists()
 
 
-@pytest.mark.parametrize("version", [(3, 10, 14), (3, 14, 0)])
-def test_another_python_is_refused(bare, monkeypatch, version):
-    monkeypatch.setattr(environment.sys, "version_info", version)
-    with pytest.raises(OSError, match=r"3\.11 to 3\.13 is needed and this is 3\.1[04]; .*PYTHON3="):
-        environment.set_up()
-    assert bare == []
-
-
-def test_a_python_without_ensurepip_is_told_what_to_install(bare, monkeypatch):
-    find = environment.importlib.util.find_spec
-    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name, *rest:
-                        None if name == "ensurepip" else find(name, *rest))
-    with pytest.raises(OSError, match="apt install python3-venv"):
-        environment.set_up()
-    assert bare == []
-
-
-def test_too_little_disk_is_said_before_anything_is_made(bare, monkeypatch):
-    monkeypatch.setattr(environment.shutil, "disk_usage", disk_with(1.5e9))
-    with pytest.raises(OSError, match=r"takes \d+ GB and 1\.5 GB are free in .*make room"):
-        environment.set_up()
-    assert bare == []
-
-
-def test_a_step_that_fails_is_named():
-    with pytest.raises(OSError, match=r"stopped at `-c raise SystemExit\(3\)` \(exit status 3\)"):
-        environment._run([sys.executable, "-c", "raise SystemExit(3)"])
-
-
-def test_an_environment_that_lacks_packages_does_not_call_itself_for_ever(monkeypatch):
-    monkeypatch.setattr(environment, "set_up", lambda: Path(sys.executable))
-    monkeypatch.setattr(environment, "VENV", Path(sys.prefix))
-    monkeypatch.setattr(environment.subprocess, "call", lambda *_, **__: pytest.fail("called"))
-    monkeypatch.setattr(environment, "is_ready", lambda: False)
-    with pytest.raises(OSError, match=r"remove \.venv and run make setup"):
-        main(["reproduce"])
-
-
-def test_a_bare_python_hands_the_command_to_the_venv(monkeypatch, tmp_path):
-    calls = []
-    monkeypatch.setattr(environment, "set_up", lambda: tmp_path / "python")
-    monkeypatch.setattr(environment, "VENV", tmp_path)
-    monkeypatch.setattr(environment, "is_ready", lambda: False)
-    monkeypatch.setattr(environment.subprocess, "call", lambda arguments, cwd:
-                        calls.append((arguments, cwd)) or 7)
-    assert main(["figures", "--profile", "tiny"]) == 7
-    assert calls == [([str(tmp_path / "python"), "-m", "tsp_utils", "figures", "--profile",
-                       "tiny"], str(environment.REPOSITORY))]
+def test_a_python_without_the_packages_says_what_installs_them():
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", "import sys; sys.path.insert(0, '.'); "
+                           "sys.argv[1:] = ['reproduce']; import runpy; "
+                           "runpy.run_module('tsp_utils', run_name='__main__')"],
+                          cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 1 and is_one_sentence(done.stderr) and "make setup" in done.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="make is a Unix tool here")

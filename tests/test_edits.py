@@ -5,25 +5,26 @@ from pathlib import Path
 
 import pytest
 
-from tsp_utils import keys
 from tsp_utils.backbones import load_backbone
+from tsp_utils.cache import keys
 from tsp_utils.features import _feature_batches, code_that_sees
-from tsp_utils.heads import Scaler, kmeans
-from tsp_utils.study.runs import CODE
+from tsp_utils.heads import Scaler
+from tsp_utils.k_means import kmeans
+from tsp_utils.study.training import CODE
 
 ROOT = Path(__file__).resolve().parent.parent
 EDITS = {
     "a docstring, a comment, a type hint": None,
-    "a plot's colour (`plots`), the page (`report`)": "plot_ledger",
+    "a plot's colour (`plots`), the page (`page`)": "plot_ledger",
     "`losses.tsp_loss`": "tsp_loss",
     "`Backbone.prepare`": "Backbone.prepare",
     "`PatchKMeans.forward`": "PatchKMeans.forward",
     "`neighbors.neighbor_weights` (Eq. 4)": "neighbor_weights",
-    "`heads.kmeans`": "kmeans",
+    "`k_means.kmeans`": "kmeans",
     "`baselines._clusters`": "_clusters",
-    "`rivals.cc`, a rival's loss": "cc",
+    "`other_losses.cc`, a rival's loss": "cc",
     "`metrics.clustering_metrics`": "clustering_metrics",
-    "`claims.decide`": "decide",
+    "`decisions.decide`": "decide",
     "`cluster_folder.write_csv`": "write_csv",
 }
 
@@ -65,5 +66,5 @@ def test_the_table_of_edits_is_what_is_reached(reached):
 def test_edits_of_what_trains_reach_far_and_edits_of_what_draws_reach_nothing(reached):
     kinds, notebooks = reached
     assert {"03", "04", "05"} <= {n for n, names in notebooks.items() if "tsp_loss" in names}
-    for nothing in ("plot_ledger", "report", "set_style"):
+    for nothing in ("plot_ledger", "folder_page", "set_style"):
         assert not any(nothing in names for names in [*kinds.values(), *notebooks.values()])

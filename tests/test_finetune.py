@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import tsp_utils.study.finetuning_runs as finetuning_runs
+import experiments.finetuning as finetuning_runs
 from tsp_utils import LinearHeads, init_heads, load_dataset, scale_features
 from tsp_utils.backbones import load_backbone
 from tsp_utils.features import extract_features
@@ -113,7 +113,7 @@ def test_full_runs_share_their_start_and_are_resumed(monkeypatch, tmp_path):
     assert records[0]["epochs"][0] == records[1]["epochs"][0]  # the same start
     assert records[0]["epochs"][0]["consistency"] == records[0]["epochs"][1]["consistency"]
     assert records[1]["epochs"][0]["consistency"] != records[1]["epochs"][1]["consistency"]
-    assert finetuning_runs.map_path().exists()
-    monkeypatch.setattr("tsp_utils.cache.made_with", None)  # any run would fail
+    assert (tmp_path / "readouts" / "finetuning_map.safetensors").exists()
+    monkeypatch.setattr("tsp_utils.cache.entries.made_with", None)  # any run would fail
     again = json.loads(finetuning_runs.run_finetuning().read_text())
     assert again == records

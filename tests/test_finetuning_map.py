@@ -1,25 +1,18 @@
 """The last blocks alone: the same features, the same steps as the whole network's fine-tuning."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
 import torch
 
-import tsp_utils.study.finetuning_map as finetuning_map
+from experiments import finetuning_map
+from experiments.finetuning_map import LOSSES, RUNS, _of_seed, augmented
 from tsp_utils import init_heads, load_dataset, scale_features
 from tsp_utils.backbones import load_backbone
 from tsp_utils.features import extract_features
-from tsp_utils.study.finetuning_map import (
-    RUNS,
-    LastBlocks,
-    _of_seed,
-    augmented,
-    finetune_last_blocks,
-    records_path,
-)
-from tsp_utils.systems.finetune import finetune
+from tsp_utils.paths import shipped_records
+from tsp_utils.systems.finetune import LastBlocks, finetune, train_together
 from tsp_utils.systems.icbpl import ICBPLHeads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +46,7 @@ def test_one_block_learns_as_in_finetune(start):
     tuned = finetune(backbone, theirs, IMAGES, trained="last block", **settings)
     tail, ours = LastBlocks(backbone, 1), copy.deepcopy(heads)
     tokens = tail.tokens(backbone.prepare(IMAGES))
-    finetune_last_blocks(tail, ours, tokens, None, loss="tsp", **settings)
+    train_together(tail, ours, tokens, **settings)
     torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-2, atol=1e-3)
     np.testing.assert_allclose(tail.features(tokens),
                                extract_features(tuned, IMAGES, progress=False), atol=0.02)
@@ -71,8 +64,8 @@ def test_frozen_moves_the_head_alone_and_the_backbone_never(start):
         tokens = tail.tokens(backbone.prepare(IMAGES))
         views = torch.stack([tail.tokens(augmented(COLORED, backbone, seed))
                              for seed in range(2)], 1)
-        finetune_last_blocks(tail, own, tokens, views, loss="icbpl", scale=scale,
-                             learning_rate=1e-3, n_epochs=1, batch_size=64)
+        train_together(tail, own, tokens, views=views, scale=scale, learning_rate=1e-3,
+                       n_epochs=1, batch_size=64, **LOSSES["icbpl"])
         assert not torch.equal(own.weight, head.weight)
         found = tail.features(tokens) * scale
         assert np.allclose(found, features, atol=1e-3) != moves
@@ -96,7 +89,7 @@ def test_views_are_other_pictures_of_the_same_image(start):
 
 
 def test_the_records_that_ship_are_of_these_sources_and_complete():
-    records = json.loads(records_path().read_text())
+    records = shipped_records("finetuning_map")
     assert {record["code"] for record in records} == {finetuning_map.code_of_the_map()}
     found = [(r["loss"], r["n_blocks"], r["learning_rate"], r["source"]) for r in records]
     for *cell, n_seeds in RUNS:

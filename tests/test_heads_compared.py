@@ -1,6 +1,5 @@
 """Every head on the same features: tuning without labels, the table, what could not run."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,25 +8,24 @@ import pytest
 from scipy import stats
 from sklearn.metrics import adjusted_rand_score
 
+from experiments.heads import code_of_the_comparison
 from tsp_utils import load_study
 from tsp_utils.heads import scale_features
-from tsp_utils.study.heads_compared import (
+from tsp_utils.paths import shipped_records
+from tsp_utils.study.head_comparison import (
     ABLATIONS,
     METHODS,
     TRIALS,
     FeaturesToCluster,
     NotRun,
-    code_of_the_comparison,
     compare_heads,
     consensus,
-    heads_markdown,
-    heads_table,
     linear_probe,
-    records_path,
     run_head,
     scores_of,
     tune,
 )
+from tsp_utils.study.head_tables import heads_markdown, heads_table
 from tsp_utils.systems.rivals import RIVALS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -198,7 +196,7 @@ def test_the_probe_knows_labels_and_keeps_train_and_test_apart(study):
 
 
 def test_the_records_that_ship_are_of_these_sources_and_complete():
-    records = json.loads(records_path().read_text())
+    records = shipped_records("heads")
     assert records["code"] == code_of_the_comparison()
     rows = pd.DataFrame(records["rows"])
     assert set(rows["method"]) == {*METHODS, *ABLATIONS}

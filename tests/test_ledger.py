@@ -8,19 +8,18 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from tsp_utils.plots import plot_ledger
-from tsp_utils.study import runner
+from tsp_utils.study import needs
 from tsp_utils.study.claims import CLAIMS, ICBPL_CLAIMS, claim_of
 from tsp_utils.study.ledger import (
     COLUMNS,
     Evidence,
-    combine,
     ledger,
     read_evidence,
     save_evidence,
     table_of,
     to_markdown,
 )
+from tsp_utils.study.plots import plot_ledger
 from tsp_utils.study.profile import load_study
 
 NOISE = np.array([-1.0, -0.5, 0.0, 0.5, 1.0] * 2)
@@ -66,7 +65,7 @@ def test_every_claim_can_reach_every_verdict(claim, verdict):
     (["not tested", "does not hold"], "does not hold"), (["holds"], "not tested")])
 def test_c1_wants_both_metrics(verdicts, expected):
     cells = [cell("C1", v, name) for v, name in zip(verdicts, ("inner", "cosine"), strict=False)]
-    assert combine(claim_of("C1"), cells).verdict == expected
+    assert claim_of("C1").combine(cells).verdict == expected
 
 
 @pytest.mark.parametrize(("verdicts", "expected"), [
@@ -78,28 +77,28 @@ def test_c3_wants_a_majority_and_no_reversal(verdicts, expected):
     small = tuple(0.5 + 0.1 * NOISE)  # above 0 and below the margin: lost, and not reversed
     cells = [cell("C3", acc=small, nmi=small, ari=small) if v == "small gain" else cell("C3", v)
              for v in verdicts]
-    found = combine(claim_of("C3"), cells)
+    found = claim_of("C3").combine(cells)
     assert found.verdict == expected and "of 3 cells" in found.qualifier
 
 
 def test_c6_is_decided_at_equal_images_and_says_when_the_budget_turns_it():
     images, epochs = cell("C6", "does not hold", "images"), cell("C6", "holds", "epochs")
-    found = combine(claim_of("C6"), [images, epochs])
+    found = claim_of("C6").combine([images, epochs])
     assert found.verdict == "does not hold"
     assert "depends on budget" in found.qualifier and "pair of networks" in found.qualifier
-    same = combine(claim_of("C6"), [cell("C6", name="images"), cell("C6", name="epochs")])
+    same = claim_of("C6").combine([cell("C6", name="images"), cell("C6", name="epochs")])
     assert same.verdict == "holds" and "depends on budget" not in same.qualifier
 
 
 def test_c7_wants_both_rates_or_says_which_and_consistency_has_to_fall():
-    both = combine(claim_of("C7"), [cell("C7", name="1e-4"), cell("C7", name="1e-5")])
+    both = claim_of("C7").combine([cell("C7", name="1e-4"), cell("C7", name="1e-5")])
     assert both.verdict == "holds" and "only" not in both.qualifier
-    one = combine(claim_of("C7"), [cell("C7", name="1e-4"), cell("C7", "inconclusive", "1e-5")])
+    one = claim_of("C7").combine([cell("C7", name="1e-4"), cell("C7", "inconclusive", "1e-5")])
     assert one.verdict == "holds" and "at 1e-4 only" in one.qualifier
     rises = cell("C7", falls=tuple(-5 + NOISE))
     assert rises.verdict.verdict == "does not hold" and "does not" in rises.verdict.qualifier
     assert cell("C7", falls=tuple(5 * NOISE)).verdict.verdict == "inconclusive"
-    assert combine(claim_of("C7"), [rises, rises]).verdict == "does not hold"
+    assert claim_of("C7").combine([rises, rises]).verdict == "does not hold"
 
 
 def test_the_papers_own_networks_are_the_same_claim():
@@ -112,7 +111,7 @@ def test_the_papers_own_networks_are_the_same_claim():
 def study(tmp_path, monkeypatch):
     """A study with notebooks 04, 05 and 10."""
     monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")
-    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(needs, "NOTEBOOKS", tmp_path)
     for number in ("04", "05", "10"):
         nbformat.write(new_notebook(cells=[new_code_cell("1 + 1")]), tmp_path / f"{number}_x.ipynb")
     return load_study("tiny")
@@ -170,14 +169,14 @@ def test_evidence_of_other_settings_is_named_and_refused(study):
 def test_evidence_of_a_notebook_that_changed_is_refused_until_it_leaves_it_anew(study, monkeypatch):
     save_evidence(study, "04", [cell("C9"), cell("C12", name="dropped later")])
     save_evidence(study, "05", [cell("C8")])
-    path = runner.NOTEBOOKS / "04_x.ipynb"
+    path = needs.NOTEBOOKS / "04_x.ipynb"
     path.write_text(path.read_text().replace("1 + 1", "1 + 2"))
     with pytest.raises(ValueError, match=r"in tiny: 04_C12_dropped-later_vit_cifar10\.json, "
                                          r"04_C9_vit_cifar10\.json; run"):
         read_evidence(study)
     save_evidence(study, "04", [cell("C9")])
     assert [c.claim for c in read_evidence(study)] == ["C8", "C9"]
-    monkeypatch.setattr(runner, "code_called_by", lambda source: "another loss")
+    monkeypatch.setattr(needs, "code_called_by", lambda source: "another loss")
     with pytest.raises(ValueError, match=r"in tiny: 04_C9_vit_cifar10\.json, "
                                          r"05_C8_vit_cifar10\.json; run"):
         read_evidence(study)

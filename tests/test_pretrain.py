@@ -13,14 +13,13 @@ from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.pretraining.dino import (
     Dino,
     DinoRecipe,
-    _warn_of_collapse,
     dino_loss,
-    pretrain_dino,
     schedule,
     update_center,
     update_teacher,
 )
 from tsp_utils.pretraining.multi_crop import multi_crop, random_colors, random_crops
+from tsp_utils.pretraining.run import _warn_of_collapse, load_run, pretrain_dino, save_run
 
 TINY = DinoRecipe(
     architecture="vit_tiny_patch16_224",
@@ -122,7 +121,7 @@ def test_twenty_steps_equal_ten_and_a_stop_and_ten(tmp_path, head_norm):
     def run(steps, resume=False):
         dino = Dino(IMAGES, recipe, seed=3)
         if resume:
-            dino.load(tmp_path / "run.pt")
+            load_run(dino, tmp_path / "run.pt")
         while dino.step_count < steps:
             dino.step(dino.step_count / 20)
         return dino
@@ -286,7 +285,7 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     run = Dino(IMAGES, TINY)
     next(run.student.parameters()).data[0] = math.nan
     with pytest.raises(RuntimeError, match="run diverged: after 0 images"):
-        run.save(path)
+        save_run(run, path)
     assert path.read_bytes() == before
     with pytest.raises(RuntimeError, match="lower learning_rate"):
         pretrain_dino(IMAGES, replace(TINY, learning_rate=1e30), budget_images=320)
@@ -318,7 +317,7 @@ def test_a_network_that_cannot_be_compiled_is_trained_without(monkeypatch, caplo
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
     dino = Dino(IMAGES, TINY)
-    dino.save(path)
+    save_run(dino, path)
     before = path.read_bytes()
 
     def full(state, target):
@@ -327,5 +326,5 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="the one before it was kept"):
-        dino.save(path)
+        save_run(dino, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

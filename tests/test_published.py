@@ -1,8 +1,6 @@
 """The published rows: spot values, and what the paper says about them itself."""
 
-import pytest
-
-from tsp_utils.study.published import DATASETS, EXTERNAL, FIGURES, TABLE_1, TABLE_2, to_frame
+from tsp_utils.study.published import DATASETS, EXTERNAL, TABLE_1, TABLE_2
 
 EARLIER = ("K-means", "DEC", "DAC", "DCCM", "IIC", "PICA", "SCAN", "NNM")
 TSP = ("TSP-ResNet", "TSP-ViT1", "TSP-ViT2", "TSP K-means")
@@ -86,21 +84,7 @@ def test_table_2_peaks_at_10_and_is_not_quite_table_1_at_20():
     assert abs(by_k[20].nmi - in_table_1.nmi) > 0.05
 
 
-def test_figures_of_the_text_are_set_against_vit1_on_cifar10():
-    assert [f.acc for f in FIGURES] == [80.2, 65.7, 85.6]
-    assert {f.against for f in FIGURES} == {row("TSP-ViT1", "cifar10").acc}
-
-
 def test_external_rows_raise_the_bar_of_c0():
     acc = [[row(m, d, EXTERNAL).acc for d in DATASETS] for m in ("SCAN + self-labelling", "SPICE")]
     assert acc == [[88.3, 50.7, 80.9], [91.7, 58.4, 92.9]]
     assert row("SPICE", "cifar100-20", EXTERNAL).acc > best_acc(TSP, "cifar100-20")
-
-
-def test_to_frame_selects_a_data_set_and_names_the_known_ones():
-    frame = to_frame(TABLE_1, "stl10")
-    assert len(frame) == 13 and set(frame["dataset"]) == {"stl10"}
-    assert frame["nmi"].isna().sum() == 1
-    assert len(to_frame(TABLE_1)) == 39
-    with pytest.raises(ValueError, match=r"'cifar100'.*cifar100-20"):
-        to_frame(TABLE_1, "cifar100")

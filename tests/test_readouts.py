@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-import tsp_utils.study.dictionary_arms as dictionary_arms
+import experiments.dictionary_arms as dictionary_arms
+from experiments.arms import ARMS
+from experiments.dictionary_arms import DICTIONARY_ARMS, learn_dictionary_arms
 from tsp_utils.datasets import ImageDataset
-from tsp_utils.study.arms import ARMS
-from tsp_utils.study.dictionary_arms import DICTIONARY_ARMS, learn_dictionary_arms
 from tsp_utils.study.feature_sets import FeatureSet
-from tsp_utils.study.readouts import balanced_rows, read_out, small_pool_consistency
+from tsp_utils.study.frozen_evaluation import balanced_rows, read_out, small_pool_consistency
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,7 +56,7 @@ def images_of(name, split, *_, **__) -> ImageDataset:
 
 def test_dictionaries_are_learned_once_and_written_whole(monkeypatch):
     monkeypatch.setattr(dictionary_arms, "load_dataset", images_of)
-    monkeypatch.setattr("tsp_utils.study.arms.load_dataset", images_of)
+    monkeypatch.setattr("experiments.arms.load_dataset", images_of)
     monkeypatch.setattr(dictionary_arms, "SETTINGS", dict(
         n_atoms=8, n_patches=2_000, n_features=4, n_pca_images=40))
     path = learn_dictionary_arms(n_seeds=2, n_heads=2)

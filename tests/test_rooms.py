@@ -67,7 +67,7 @@ def outside(place: Path, *arguments) -> subprocess.CompletedProcess:
 def test_a_wheel_holds_the_rooms_and_what_ships(installed):
     package = ROOT / "tsp_utils"
     wanted = [*package.rglob("*.py"), *package.rglob("*.yaml"), package / "py.typed",
-              *(package / "bundled").rglob("*.*"), package / "folder" / "report.html.jinja"]
+              *(package / "bundled").rglob("*.*"), package / "folder" / "page.html.jinja"]
     assert all((installed / "site" / path.relative_to(ROOT)).exists() for path in wanted)
 
 
@@ -87,7 +87,7 @@ def test_an_installed_package_serves_a_folder_and_an_estimator(installed):
     assert all(name.endswith(".whl") for name in made)
 
 
-@pytest.mark.parametrize("command", ["setup", "reproduce", "figures"])
+@pytest.mark.parametrize("command", ["refresh", "reproduce", "figures"])
 def test_what_wants_a_clone_says_so(installed, command):
     done = outside(installed, "-m", "tsp_utils", command)
     assert done.returncode == 1 and done.stderr.count("\n") == 1

@@ -15,16 +15,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import tsp_utils.__main__ as command
-from tsp_utils.study import runner
+from tsp_utils.study import needs, runner
+from tsp_utils.study.needs import notebook_hash, notebook_paths
 from tsp_utils.study.profile import load_study
-from tsp_utils.study.runner import (
-    Step,
-    notebook_hash,
-    notebook_paths,
-    publish_figures,
-    refresh,
-    reproduce,
-)
+from tsp_utils.study.publish import publish_figures, refresh
+from tsp_utils.study.runner import Step, reproduce
 
 
 @pytest.fixture
@@ -299,7 +294,7 @@ def test_a_reader_runs_again_when_what_it_reads_has_changed(folder, executed):
         (path.parent / "claims").mkdir(exist_ok=True)
         (path.parent / "claims" / f"{name}.json").write_text("{}")
         notebook["metadata"]["tsp"]["left"] = {
-            f"claims/{name}.json": runner._sha256(path.parent / "claims" / f"{name}.json")}
+            f"claims/{name}.json": needs.sha256_of(path.parent / "claims" / f"{name}.json")}
         path.write_text(json.dumps(notebook))
         assert what_happened(folder=folder) == [("00_a", SKIPPED), ("01_b", SKIPPED),
                                                 ("02_c", happened)]

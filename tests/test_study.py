@@ -21,7 +21,7 @@ from tsp_utils.paths import data_dir, write_json
 from tsp_utils.study import profile
 from tsp_utils.study.feature_sets import draw_rows, load_vectors
 from tsp_utils.study.profile import Study, load_study
-from tsp_utils.study.runs import code_of_heads, run_heads, summarise
+from tsp_utils.study.training import code_of_heads, run_heads, summarise
 
 pytestmark = pytest.mark.filterwarnings("ignore:Collapse")  # a few steps on a few images
 PROFILES = sorted(path.stem for path in profile.PROFILES.glob("*.yaml"))
@@ -63,7 +63,7 @@ class Counted:
 def trainings(monkeypatch) -> Counted:
     """Counts the trainings of heads."""
     counted = Counted()
-    monkeypatch.setattr("tsp_utils.study.runs.train_heads", counted)
+    monkeypatch.setattr("tsp_utils.study.training.train_heads", counted)
     return counted
 
 
@@ -252,7 +252,7 @@ def test_more_seeds_train_only_the_difference_and_fewer_train_none(tiny, trainin
                                                                    tmp_path, n_hidden):
     settings = dict(n_hidden=n_hidden)
     tiny.train("fashion-mnist", "pixels", n_seeds=2, **settings)
-    monkeypatch.setattr("tsp_utils.cache.versions", lambda: {"torch": "a later one"})
+    monkeypatch.setattr("tsp_utils.cache.entries.versions", lambda: {"torch": "a later one"})
     grown = tiny.train("fashion-mnist", "pixels", n_seeds=4, **settings)
     fewer = tiny.train("fashion-mnist", "pixels", n_seeds=3, **settings)
     assert trainings.seeds == [[0, 1], [2, 3]]

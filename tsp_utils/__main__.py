@@ -1,6 +1,6 @@
-"""The command: python -m tsp_utils COMMAND. The only module of the package that prints.
+"""The command: tsp-utils COMMAND, or python -m tsp_utils COMMAND.
 
-Standard library only until the environment is known to be there, so that a bare Python can run it.
+The only module of the package that prints.
 """
 
 import argparse
@@ -9,30 +9,10 @@ import shutil
 import sys
 import time
 
-from tsp_utils import environment
-
-# What makes again what ships: its command, where it is, what the help says.
-MAKING = {
-    "dictionary-arms": ("study.dictionary_arms", "learn_dictionary_arms",
-                        "learn and read out the dictionaries of claim C6"),
-    "finetune": ("study.finetuning_runs", "run_finetuning",
-                 "run the fine-tuning of claim C7 again (an hour)"),
-    "finetune-map": ("study.finetuning_map", "run_finetuning_map",
-                     "run the fine-tuning map of claim D1 again (an hour)"),
-    "heads": ("study.heads_compared", "run_heads_compared",
-              "compare every head again, ten seeds (an hour)"),
-    "pretrain": ("study.arms", "pretrain_arm", "pretrain one arm of the source ablation by DINO"),
-    "bundle": ("study.bundle", "bundle_backbone",
-               "put a finished arm into bundled/, with its card"),
-    "learn-patches": ("study.bundle", "learn_patches", "learn patch_kmeans again from its source"),
-    "bundle-vectors": ("study.bundle", "bundle_vectors", "extract the bundled vectors again"),
-}
-
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m tsp_utils", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("setup", help="create .venv from requirements.lock")
     run = commands.add_parser("reproduce", help="run every notebook of a profile")
     run.set_defaults(do=run_notebooks)
     run.add_argument("--profile", default="offline", help="offline (default), small or paper")
@@ -56,29 +36,15 @@ def parser() -> argparse.ArgumentParser:
     copy = commands.add_parser("figures", help="copy a finished run's figures into figures/")
     copy.set_defaults(do=copy_figures)
     copy.add_argument("--profile", default="offline")
-    commands.add_parser("refresh", help="write the notebooks' outputs back into notebooks/"
+    commands.add_parser("refresh", help="put a finished run's outputs into notebooks/"
                         ).set_defaults(do=refresh_notebooks)
-    makers = {name: commands.add_parser(name, help=words) for name, (*_, words) in MAKING.items()}
-    for maker in makers.values():
-        maker.set_defaults(do=make_again)
-    for name in ("pretrain", "bundle"):
-        makers[name].add_argument("name", metavar="arm", help="of tsp_utils.study.arms.ARMS")
-    makers["pretrain"].add_argument("--out", default=None, dest="out_dir",
-                                    help="folder; default: runs/pretrain/ARM")
-    makers["learn-patches"].add_argument("--out", default=None,
-                                         help="file to write; default: the bundled one")
-    makers["learn-patches"].add_argument("--seed", type=int, default=0)
     return top
 
 
 def main(arguments) -> int:
     args = parser().parse_args(arguments)
-    if args.command == "setup":
-        environment.set_up()
-        return 0
-    if environment.IS_CLONE and not environment.is_ready():
-        return environment.run_in_venv(arguments)
-    if not environment.IS_CLONE and args.command != "cluster":
+    from tsp_utils.paths import IS_CLONE
+    if not IS_CLONE and args.command != "cluster":
         raise OSError(f"{args.command} works on the notebooks and records of a clone, and this is "
                       f"an installed package; clone the repository and run it there.")
 
@@ -108,25 +74,13 @@ def cluster_images(args) -> None:
 
 
 def refresh_notebooks(args) -> None:
-    from tsp_utils.study.runner import refresh
-    report(refresh())
+    from tsp_utils.study.publish import refresh
+    print(f"wrote the outputs of {len(refresh())} notebooks")
 
 
 def copy_figures(args) -> None:
-    from tsp_utils.study.runner import publish_figures
+    from tsp_utils.study.publish import publish_figures
     print(f"copied {len(publish_figures(args.profile))} files into figures/{args.profile}")
-
-
-def make_again(args) -> None:
-    """Call what MAKING names, with the command's own arguments, and print what it wrote."""
-    import importlib
-    import logging
-    module, function, _ = MAKING[args.command]
-    logging.getLogger(f"tsp_utils.{module}").setLevel(logging.INFO)
-    own = {name: value for name, value in vars(args).items() if name not in ("command", "do")}
-    made = getattr(importlib.import_module(f"tsp_utils.{module}"), function)(**own)
-    for path in made if isinstance(made, list) else [made]:
-        print(path)
 
 
 def report_against_paper(profile: str) -> int:
@@ -180,6 +134,9 @@ def console() -> None:
     """The command `tsp-utils`, and python -m tsp_utils: one sentence where it cannot."""
     try:
         sys.exit(main(sys.argv[1:]))
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}; make setup installs what is needed, and .venv/bin/python runs "
+                 f"it.")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 

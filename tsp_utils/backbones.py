@@ -1,6 +1,5 @@
 """Backbones: one table of architectures, weights and transforms, and what applies them."""
 
-import difflib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,8 @@ from timm.data import resolve_data_config
 from torch import nn
 from torch.nn import functional as F
 
+from tsp_utils.devices import find_device, gains_from_bf16
+from tsp_utils.names import unknown
 from tsp_utils.paths import bundled_dir, runs_dir
 from tsp_utils.weights import BackboneSpec, load_model, state_sha256
 
@@ -156,8 +157,8 @@ def load_backbone(name: str | BackboneSpec, device: str = "auto",
                   checkpoint: str | os.PathLike | None = None, dtype: str = "auto") -> Backbone:
     """Load a backbone of the table, or any `timm:<name>`, frozen and ready to call.
 
-    A finished arm of `python -m tsp_utils pretrain` loads by its name, too, and so does a row made
-    by hand, a `BackboneSpec`.
+    A finished arm of `python -m experiments pretrain` loads by its name, too, and so does a row
+    made by hand, a `BackboneSpec`.
     checkpoint: a file to take the weights from instead: a bare state dict or a full DINO checkpoint
     (.pth; its teacher is taken), or .safetensors. device: auto, cuda, cuda:N, mps or cpu. dtype:
     float32, bfloat16 (autocast), or auto: bfloat16 where the hardware gains from it.
@@ -165,7 +166,7 @@ def load_backbone(name: str | BackboneSpec, device: str = "auto",
     FileNotFoundError for a missing file, ConnectionError for a failed download.
     """
     spec = name if isinstance(name, BackboneSpec) else _find_spec(name)
-    place = _find_device(device)
+    place = torch.device(find_device(device, mps=True))
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"unknown dtype {dtype!r}: pass auto, float32 or bfloat16")
     own = spec.architecture in ("pixels", "patch_kmeans")
@@ -186,9 +187,8 @@ def _find_spec(name: str) -> BackboneSpec:
     names = timm.list_models() + timm.list_models(pretrained=True)
     if name.removeprefix("timm:") in names and name.startswith("timm:"):
         return _timm_spec(name)
-    near = difflib.get_close_matches(name, [*BACKBONES, *(f"timm:{n}" for n in names)], 3, 0.4)
-    raise ValueError(f"unknown backbone {name!r}: known are {', '.join(BACKBONES)}, timm:<name>; "
-                     f"nearest: {', '.join(near) or 'none'}")
+    raise ValueError(unknown("backbone", name, [*BACKBONES, "timm:<name>"],
+                             [f"timm:{timms}" for timms in names]))
 
 
 def _timm_spec(name: str) -> BackboneSpec:
@@ -203,23 +203,3 @@ def _timm_spec(name: str) -> BackboneSpec:
         f"https://huggingface.co/timm/{full}/resolve/main/model.safetensors",
         data["input_size"][-1], tuple(data["mean"]), tuple(data["std"]),
         "bilinear" if data["interpolation"] == "bilinear" else "bicubic")
-
-
-def _find_device(device: str) -> torch.device:
-    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    there = (["cuda", *there] if there else []) + ["mps"] * torch.backends.mps.is_available()
-    if device == "auto":
-        return torch.device(there[0] if there else "cpu")
-    if str(device) not in [*there, "cpu"]:
-        raise ValueError(f"device {str(device)!r} is not there: pass auto, "
-                         f"{', '.join([*there, 'cpu'])}")
-    return torch.device(device)
-
-
-def gains_from_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-    except (AttributeError, RuntimeError):  # a build of torch that does not ask
-        return False

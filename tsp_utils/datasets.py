@@ -1,6 +1,5 @@
 """Images and labels by name: bundled, from torchvision's files, or from any folder of images."""
 
-import difflib
 import hashlib
 import logging
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from tsp_utils.image_folders import (
     list_images,
     read_images,
 )
+from tsp_utils.names import unknown
 from tsp_utils.paths import bundled_dir, data_dir
 
 logger = logging.getLogger(__name__)
@@ -177,12 +177,7 @@ def _load_path(name: str | Path, split: str | None) -> ImageDataset:
     folder = Path(name).expanduser()
     looks_like_name = isinstance(name, str) and not folder.exists() and len(folder.parts) == 1
     if looks_like_name or not str(name):
-        nearest = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0.5)
-        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
-        raise ValueError(
-            f"Unknown data set {name!r}{hint}: pass one of {', '.join(DATASETS)}, "
-            "or the path of a folder of images."
-        )
+        raise ValueError(unknown("data set", name, [*DATASETS, "or a folder of images"]))
     if split not in (None, "test"):  # "test" is the default, so it says nothing
         raise ValueError(f"A folder of images has no split {split!r}: pass the folder itself.")
     return _load_folder(folder.resolve().name, None, folder, list_images(folder))

@@ -1,6 +1,7 @@
 """The clustering head: one linear layer and a softmax, many seeds trained at once."""
 
 import functools
+import itertools
 import logging
 import math
 import time
@@ -8,14 +9,13 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 
-import joblib
 import numpy as np
 import torch
-from sklearn.cluster import KMeans, kmeans_plusplus
 from torch import nn
 from tqdm.auto import tqdm
 
 from tsp_utils import losses
+from tsp_utils.k_means import kmeans
 from tsp_utils.losses import log_probabilities
 from tsp_utils.neighbors import Neighbors, check_finite, neighbor_weights
 
@@ -78,82 +78,6 @@ def _norms(features: np.ndarray) -> np.ndarray:
 def scale_features(features: np.ndarray, scaling: str = "mean-norm") -> np.ndarray:
     """`Scaler`, fitted on the features [N, D] that it transforms; float32 [N, D]."""
     return Scaler(scaling).fit(features).transform(features)
-
-
-@dataclass(frozen=True)
-class KMeansRuns:
-    """Independent K-means runs: centers [S, C, D], clusters [S, N], inertia [S], seeds."""
-
-    centers: np.ndarray
-    clusters: np.ndarray
-    inertia: np.ndarray
-    seeds: tuple[int, ...]
-
-
-def kmeans(features: np.ndarray, n_clusters: int, seeds, n_init: int = 1,
-           device: str = "cpu") -> KMeansRuns:
-    """scikit-learn's K-means (k-means++ start, Lloyd), once a seed; features [N, D].
-
-    On another device than the CPU the start is scikit-learn's and the iterations are torch's.
-    Raises ValueError for fewer samples, or fewer distinct samples, than clusters.
-    """
-    if len(features) < n_clusters:
-        raise ValueError(f"{len(features)} samples cannot make {n_clusters} clusters; pass at most "
-                         f"{len(features)} as n_clusters, or more samples.")
-    # Distinct rows are counted only up to the number needed.
-    distinct, rows = set(), iter(np.ascontiguousarray(features))
-    while len(distinct) < n_clusters and (row := next(rows, None)) is not None:
-        distinct.add(row.tobytes())
-    if len(distinct) < n_clusters:
-        raise ValueError(f"The {len(features)} samples hold only {len(distinct)} distinct feature "
-                         f"vectors, fewer than the {n_clusters} clusters asked for; remove "
-                         f"duplicates or pass a smaller n_clusters.")
-    if device != "cpu":
-        return _kmeans_on(device, features, n_clusters, seeds, n_init)
-    # One thread a run: two runs side by side end sooner than one run on two threads.
-    work = features.size * n_init * len(seeds)
-    with joblib.parallel_config("loky", inner_max_num_threads=1):
-        runs = joblib.Parallel(n_jobs=min(len(seeds), joblib.cpu_count()) if work > 1e7 else 1)(
-            joblib.delayed(KMeans(n_clusters, n_init=n_init, random_state=seed).fit)(features)
-            for seed in seeds)
-    return KMeansRuns(np.stack([run.cluster_centers_ for run in runs]),
-                      np.stack([run.labels_ for run in runs]).astype(np.int64),
-                      np.array([run.inertia_ for run in runs]), tuple(seeds))
-
-
-def _kmeans_on(device: str, features, n_clusters: int, seeds, n_init: int) -> KMeansRuns:
-    x, found = torch.as_tensor(np.asarray(features, np.float32), device=device), []
-    tolerance = 1e-4 * float(x.var(0, correction=0).mean())  # scikit-learn's
-    for seed in seeds:
-        state, runs = np.random.RandomState(seed), []
-        for _ in range(n_init):
-            centers, _ = kmeans_plusplus(features, n_clusters, random_state=state)
-            runs.append(_lloyd(x, torch.as_tensor(centers, device=device), tolerance))
-        found.append(min(runs, key=lambda run: run[2]))
-    return KMeansRuns(*(np.stack([run[part] for run in found]) for part in range(3)), tuple(seeds))
-
-
-def _lloyd(x: torch.Tensor, centers: torch.Tensor, tolerance: float, max_iter: int = 300):
-    """Lloyd's iterations from centers [C, D] -> centers, clusters [N], inertia, as numpy.
-
-    A cluster that is left without samples takes the sample farthest from its centre.
-    """
-    squares = x.square().sum(1)
-    for _ in range(max_iter):
-        distances = centers.square().sum(1) - 2 * x @ centers.T  # [N, C], less ||x||^2
-        nearest, clusters = distances.min(1)
-        sizes = torch.bincount(clusters, minlength=len(centers))
-        moved = torch.zeros_like(centers).index_add_(0, clusters, x)
-        moved /= sizes.clamp_min(1)[:, None]
-        empty = (sizes == 0).nonzero()[:, 0]
-        moved[empty] = x[(nearest + squares).topk(len(empty)).indices]
-        shift = (moved - centers).square().sum()
-        centers = moved
-        if shift <= tolerance:
-            break
-    nearest, clusters = (centers.square().sum(1) - 2 * x @ centers.T).min(1)
-    return (centers.cpu().numpy(), clusters.cpu().numpy(),
-            float((nearest + squares).sum(dtype=torch.float64)))
 
 
 class LinearHeads(nn.Module):
@@ -270,26 +194,22 @@ def train_heads(heads: LinearHeads, features: np.ndarray, neighbors: Neighbors, 
     batch_size = min(batch_size, n)
     n_steps = n // batch_size
     n_epochs = max(max_epochs, math.ceil(min_steps / n_steps))
-    cumulative = (neighbor_weights(neighbors) if weights is None else weights).cumsum(1)  # [N, K]
+    weights = neighbor_weights(neighbors) if weights is None else weights  # [N, K]
     draws = [np.random.default_rng([seed, 2]) for seed in heads.seeds]
+    batches = draw_batches(neighbors, weights, draws, batch_size, n_epochs * n_steps, device)
     x = torch.as_tensor(np.ascontiguousarray(features, np.float32), device=device)
     heads.to(device)
     batch = x.new_empty(n_seeds * 2 * batch_size, x.shape[1])  # fresh memory a step costs far more
     adam = torch.optim.Adam(heads.parameters(), lr=learning_rate, fused=True)
     curves, start = defaultdict(list), time.perf_counter()
     for epoch in tqdm(range(n_epochs), "training heads", disable=not progress, leave=False):
-        pairs = np.stack([draw_pairs(rng, neighbors.indices, cumulative, n_steps * batch_size)
-                          for rng in draws])  # [S, 2, T * B]
-        pairs = torch.from_numpy(pairs).to(device).view(n_seeds, 2, n_steps, batch_size)
         sums = defaultdict(lambda: x.new_zeros(n_seeds))  # of the loss and its terms
         mean_p, assigned = x.new_zeros(2, n_seeds, n_clusters)
-        for step in range(n_steps):
-            rows = pairs[:, :, step].reshape(-1)  # [S * 2B]: samples, then neighbours
-            torch.index_select(x, 0, rows, out=batch)
+        for rows in itertools.islice(batches, n_steps):  # [S, 2, B]: samples, their neighbours
+            torch.index_select(x, 0, rows.reshape(-1), out=batch)
             logits = heads(batch.view(n_seeds, -1, x.shape[1]))  # [S, 2B, C]
             own, others = logits.split(batch_size, 1)  # [S, B, C] each
-            found = loss(own, others)
-            value, terms = found if step else _of_the_contract(found, n_seeds)
+            value, terms = _of_the_contract(loss(own, others), n_seeds)
             adam.zero_grad()
             value.sum().backward()  # heads do not mix
             adam.step()
@@ -351,6 +271,21 @@ def best_head(final_losses) -> int:
         raise ValueError("The loss of every head is no finite number, so that there is none to "
                          "choose; lower learning_rate.")
     return int(finite.argmin())
+
+
+def draw_batches(neighbors: Neighbors, weights: np.ndarray, rngs, batch_size: int, n_steps: int,
+                 device: str = "cpu"):
+    """Rows int64 [S, 2, B] of each step: shuffled samples and a drawn neighbour of each.
+
+    weights [N, K], rows that sum to 1: P(.|i), by Eq. 4 or another; rngs: one a seed. What an
+    epoch's shuffle has left that fills no batch is dropped.
+    """
+    cumulative, per_epoch = weights.cumsum(1), len(weights) // batch_size
+    for done in range(0, n_steps, per_epoch):
+        pairs = np.stack([draw_pairs(rng, neighbors.indices, cumulative, per_epoch * batch_size)
+                          for rng in rngs])
+        pairs = torch.from_numpy(pairs).to(device).view(len(rngs), 2, per_epoch, batch_size)
+        yield from pairs.unbind(2)[: n_steps - done]
 
 
 def draw_pairs(rng, indices, cumulative, n_pairs: int) -> np.ndarray:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from platformdirs import user_cache_path, user_data_path
 
-from tsp_utils.environment import IS_CLONE, REPOSITORY
-
 PACKAGE = Path(__file__).resolve().parent
+REPOSITORY = PACKAGE.parent
+IS_CLONE = (REPOSITORY / "requirements.lock").exists()  # else an installed package
 
 
 def data_dir() -> Path:
@@ -39,6 +39,11 @@ def runs_dir() -> Path:
 def bundled_dir() -> Path:
     """Folder of what ships with the package: weights, vectors, Fashion-MNIST's test split."""
     return PACKAGE / "bundled"
+
+
+def shipped_records(name: str):
+    """What a file of records holds that ships with the package: bundled/readouts/NAME.json."""
+    return json.loads((bundled_dir() / "readouts" / f"{name}.json").read_text())
 
 
 def write_whole(path: Path, write) -> None:

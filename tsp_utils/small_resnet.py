@@ -15,7 +15,7 @@ def small_resnet(pretrained: bool = False, layers=(2, 2, 2, 2), channels=(64, 12
     """ResNet of basic blocks, [B, 3, S, S] -> [B, num_classes], or [B, channels[3]] for 0."""
     if pretrained:
         raise ValueError("small_resnet has no published weights; pretrain it with "
-                         "python -m tsp_utils pretrain resnet_mini.")
+                         "python -m experiments pretrain resnet_mini.")
     for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         options.pop(key, None)  # of timm's factory
     network = ResNet(BasicBlock, layers, channels=channels, **options)

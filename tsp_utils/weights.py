@@ -1,6 +1,7 @@
 """Weights: found or downloaded, read in DINO's official formats, and loaded strictly."""
 
 import argparse
+import contextlib
 import hashlib
 import os
 import pickle
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import timm
+import timm.layers
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -62,7 +64,7 @@ def load_model(spec: BackboneSpec, checkpoint=None) -> nn.Module:
             return PatchKMeans.load(path)
         except Exception as error:
             raise ValueError(f"{path} is not a dictionary of patches ({_brief(error)}): learn it "
-                             "again with python -m tsp_utils learn-patches") from error
+                             "again with python -m experiments learn-patches") from error
     if path is not None:
         return _load_strictly(_create(spec), path, spec)
     return _create(spec, pretrained=spec.source == "timm")
@@ -79,6 +81,21 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
             if not pretrained:
                 raise
             raise _download_error(spec, error) from error
+
+
+@contextlib.contextmanager
+def attention(fused: bool):
+    """The kernel of networks made inside: on a CPU the fused one's bf16 backward is twice as slow.
+
+    timm keeps the choice for the whole process, and features in bf16 differ by it in the third
+    digit: it is put back.
+    """
+    before = timm.layers.use_fused_attn()
+    timm.layers.set_fused_attn(fused)
+    try:
+        yield
+    finally:
+        timm.layers.set_fused_attn(before)
 
 
 def _find_weights(spec: BackboneSpec) -> Path | None:

@@ -69,7 +69,7 @@ def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "patc
     FileExistsError for results that are there without `force`, ValueError for too few images,
     OSError for an `out` that cannot be written; nothing of the images' folder is changed.
     """
-    from tsp_utils.folder.report import report
+    from tsp_utils.folder.page import folder_page
 
     folder = Path(folder).expanduser()
     paths = list_images(folder)
@@ -82,7 +82,7 @@ def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "patc
         found = cluster_images(folder, paths, n_clusters, backbone, seed, **settings)
         found.made["out"] = str(out)
         write_csv(found, out / "clusters.csv")
-        page = report(found).encode("utf-8", "backslashreplace")
+        page = folder_page(found).encode("utf-8", "backslashreplace")
         write_whole(out / "report.html", lambda file: file.write(page))
     except BaseException:
         _remove_empty(made_here)

@@ -8,10 +8,7 @@ import copy
 import hashlib
 import logging
 import math
-import os
-import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import timm
 import torch
@@ -155,10 +152,10 @@ class Dino:
 
     def __init__(self, images, recipe: DinoRecipe, seed: int = 0, device: str = "cpu",
                  dtype: torch.dtype = torch.float32, compiled: bool = False):
-        """images uint8 [N, H, W, 3]; dtype bfloat16 means autocast. See `pretrain_dino`."""
+        """images uint8 [N, H, W, 3]; dtype bfloat16 means autocast. See `run.pretrain_dino`."""
         self.recipe = recipe = _checked(recipe, images)
         self.device, self.dtype, self.seed = torch.device(device), dtype, seed
-        self.budget = ""  # what the schedules run over, for `load` to compare
+        self.budget = ""  # what the schedules run over, for a checkpoint to compare
         images = torch.as_tensor(images)
         self.content = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()[:16]
         self.images = images.to(device).permute(0, 3, 1, 2).contiguous()
@@ -262,132 +259,6 @@ class Dino:
         self.teacher.backbone.train()
         return {"teacher_entropy": float(-(p * p.clamp(min=1e-12).log()).sum()),
                 "feature_spread": float(features.std(0).mean())}
-
-    def save(self, path: Path) -> None:
-        """Write the whole state, then move it into place: the last good one always survives.
-
-        Raises RuntimeError, and writes nothing, for weights that are no numbers any more.
-        """
-        if not all(bool(weights.isfinite().all()) for weights in self.student.parameters()):
-            raise _diverged(self.images_seen)
-        state = {"settings": self._settings(), "student": self.student.state_dict(),
-                 "teacher": self.teacher.state_dict(), "center": self.center,
-                 "adam": self.adam.state_dict(), "generator": self.generator.get_state(),
-                 "rng": torch.get_rng_state(), "step_count": self.step_count,
-                 "seconds": self.seconds, "log": self.log}
-        if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        partial = Path(f"{path}.partial")
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, partial)
-            os.replace(partial, path)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            raise OSError(f"The checkpoint {path} could not be written ({error}); make room there, "
-                          f"the one before it was kept.") from error
-
-    def load(self, path: Path) -> None:
-        """Continue from `save`'s file. Raises ValueError for one made with other settings."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            theirs, ours = state["settings"], self._settings()
-        except Exception as error:
-            raise ValueError(f"{path} is not a checkpoint of this trainer ({error}); delete it or "
-                             f"name another file.") from error
-        for key, value in ours.items():
-            if theirs.get(key) != value:
-                raise ValueError(f"{path} was made with {key} = {theirs.get(key)!r} and this run "
-                                 f"has {value!r}; name another file or use the same settings.")
-        self.student.load_state_dict(state["student"])
-        self.teacher.load_state_dict(state["teacher"])
-        self.adam.load_state_dict(state["adam"])
-        self.center.copy_(state["center"])
-        self.generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["rng"].cpu())
-        if "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
-        self.step_count, self.seconds, self.log = (
-            state["step_count"], state["seconds"], state["log"])
-
-    def _settings(self) -> dict:
-        plain = {key: str(value) for key, value in asdict(self.recipe).items()}
-        return plain | {"seed": str(self.seed), "images": self.content, "budget": self.budget,
-                        "device": self.device.type, "dtype": str(self.dtype)}
-
-
-def pretrain_dino(images, recipe: DinoRecipe | None = None, *, budget_images: int | None = None,
-                  budget_minutes: float | None = None, seed: int = 0, device: str = "cpu",
-                  dtype: torch.dtype = torch.float32, compiled: bool = False, checkpoint=None,
-                  save_every_s: float = 60, n_reports: int = 20, callback=None) -> Dino:
-    """Train a backbone by DINO within a budget; returns the run (`.teacher.backbone`, `.log`).
-
-    Under torchrun with an initialised process group each process takes its share of every batch;
-    batch norm then sees the joint batch on CUDA, and its own share elsewhere.
-
-    images uint8 [N, H, W, 3], without labels. The budget is images seen, or minutes; schedules run
-    over it. `checkpoint` names a file that is resumed from if it is there and saved to every
-    save_every_s seconds. `callback(run, entry)` is called n_reports times, for read-outs. A
-    collapse (teacher's mean output or features without spread) is a logged warning.
-    Raises ValueError for a budget of 0, too few or too small images, a checkpoint of other
-    settings; RuntimeError for a run that diverged.
-    """
-    recipe = recipe or DinoRecipe()
-    if not (budget_images or budget_minutes) or min(budget_images or 1, budget_minutes or 1) <= 0:
-        raise ValueError("The budget is empty; pass budget_images or budget_minutes above 0.")
-    run = Dino(images, recipe, seed, device, dtype, compiled)
-    run.budget = f"{budget_images} images, {budget_minutes} minutes"
-    if checkpoint is not None and Path(checkpoint).exists():
-        run.load(checkpoint)
-    saved = start = time.perf_counter()
-    earlier = run.seconds
-
-    def progress() -> float:
-        run.seconds = earlier + time.perf_counter() - start
-        share = max(run.images_seen / budget_images if budget_images else 0,
-                    run.seconds / 60 / budget_minutes if budget_minutes else 0)
-        if budget_minutes and dist.is_initialized():  # by one clock, or processes would part
-            shared = torch.tensor(share, device=device, dtype=torch.float64)
-            dist.broadcast(shared, 0)
-            share = float(shared)
-        return share
-
-    share = progress()
-    while share < 1:
-        at, loss = share, run.step(share)
-        share = progress()
-        if share * n_reports >= len(run.log) + 1 or share >= 1:
-            if not loss.isfinite():
-                raise _diverged(run.images_seen)
-            entry = {"images_seen": run.images_seen, "seconds": round(run.seconds, 1),
-                     "loss": float(loss), **run.health(), **schedule(recipe, at)}
-            _warn_of_collapse(entry, recipe)
-            run.log.append(entry)
-            if callback is not None:
-                callback(run, entry)
-        if checkpoint is not None and time.perf_counter() - saved > save_every_s:
-            run.save(checkpoint)
-            saved = time.perf_counter()
-    if checkpoint is not None:
-        run.save(checkpoint)
-    return run
-
-
-def _diverged(images_seen: int) -> RuntimeError:
-    return RuntimeError(f"The run diverged: after {images_seen:,} images loss or weights are not "
-                        f"finite; lower learning_rate. The last good checkpoint, if there is one, "
-                        f"was kept.")
-
-
-def _warn_of_collapse(entry: dict, recipe: DinoRecipe) -> None:
-    few = entry["teacher_entropy"] < 0.2 * math.log(recipe.n_outputs)
-    flat = entry["feature_spread"] < 1e-3
-    if few or flat:
-        logger.warning(
-            "Collapse after %d images: entropy of the teacher's mean output %.2f of at most %.2f "
-            "nats, spread of the features %.4f; look at temperatures, centring and crop scales.",
-            entry["images_seen"], entry["teacher_entropy"], math.log(recipe.n_outputs),
-            entry["feature_spread"])
 
 
 def _checked(recipe: DinoRecipe, images) -> DinoRecipe:

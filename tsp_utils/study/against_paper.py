@@ -7,7 +7,7 @@ import pandas as pd
 from scipy import stats
 
 from tsp_utils.study.published import TABLE_1
-from tsp_utils.study.runs import code_of_heads, summarise
+from tsp_utils.study.training import code_of_heads, summarise
 
 ROWS = {
     "K-means": {"dino_vits16": "TSP K-means"},  # the paper does not say of which backbone it is

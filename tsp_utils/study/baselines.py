@@ -10,7 +10,7 @@ from sklearn.mixture import GaussianMixture
 from tsp_utils import cache
 from tsp_utils.heads import Scaler, scale_features
 from tsp_utils.study.feature_sets import FeatureSet
-from tsp_utils.study.runs import score_clusters
+from tsp_utils.study.training import score_clusters
 
 # C3 wants the strongest of these; one start is what starts the head.
 KMEANS = ("K-means, one start", "K-means, 20 starts", "K-means, unit length",

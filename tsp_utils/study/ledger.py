@@ -1,7 +1,7 @@
 """The ledger: what the notebooks measured for each claim, and the verdicts that follow.
 
 A notebook leaves `Evidence` (paired differences, no verdict) in runs/<profile>/claims/; `ledger`
-reads that alone and applies the rules of `claims.py`.
+reads that alone and applies the claims' own rules.
 """
 
 import json
@@ -13,16 +13,9 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from tsp_utils.study.claims import (
-    CLAIMS,
-    Claim,
-    Verdict,
-    claim_of,
-    decide,
-    decide_equivalence,
-    holm,
-    t_interval,
-)
+from tsp_utils.study import needs
+from tsp_utils.study.claims import CLAIMS, Claim, claim_of
+from tsp_utils.study.decisions import Verdict, decide, decide_equivalence, holm, t_interval
 
 COLUMNS = ("id", "scope", "quantity", "backbone", "target", "protocol", "n_pretrain", "n_head",
            "mean", "low", "high", "p", "rule", "verdict", "qualifier")
@@ -122,13 +115,11 @@ def read_evidence(study, claims: Sequence[Claim] = CLAIMS) -> list[Evidence]:
 
 def _stamp(study, notebook: str) -> dict:
     """What evidence depends on: the settings, and the hash by which the notebook is run again."""
-    from tsp_utils.study import runner
-
-    path = next(iter(runner.NOTEBOOKS.glob(f"{notebook}_*.ipynb")), None)
+    path = next(iter(needs.NOTEBOOKS.glob(f"{notebook}_*.ipynb")), None)
     if path is None:
-        raise ValueError(f"There is no notebook {notebook} in {runner.NOTEBOOKS}; pass the number "
+        raise ValueError(f"There is no notebook {notebook} in {needs.NOTEBOOKS}; pass the number "
                          f"that its file begins with.")
-    return {"study": repr(study), "notebook": runner.notebook_hash(path, study)}
+    return {"study": repr(study), "notebook": needs.notebook_hash(path, study)}
 
 
 def table_of(cells: Sequence[Evidence]) -> pd.DataFrame:
@@ -148,71 +139,11 @@ def ledger(cells: Sequence[Evidence], claims: Sequence[Claim] = CLAIMS) -> pd.Da
     for claim in claims:
         own = [cell for cell in cells if cell.claim == claim.id]
         if own:
-            rows.append(_row(claim, own[0], combine(claim, own)))
+            rows.append(_row(claim, own[0], claim.combine(own)))
         else:
-            missing = Evidence(claim.id, "", "", "", "", 0, 0, unmet=NOT_MEASURED.get(
-                claim.id, "no notebook of this profile measured it"))
+            missing = Evidence(claim.id, "", "", "", "", 0, 0, unmet=claim.unmeasured)
             rows.append(_row(claim, missing, missing.verdict))
     return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-NOT_MEASURED = {
-    "C0": "only in `paper`, with the official networks at 224 px",
-    "C11": "only in `small`; notebook 10 reads other mixtures from its records",
-}
-
-
-def combine(claim: Claim, cells: Sequence[Evidence]) -> Verdict:
-    """One verdict from a claim's cells, by its row in `docs/rules.md`; numbers of the first cell
-    (C0, C1: of the one that decides).
-
-    C0, C1: every cell must hold. C3: more than half, and none reversed. C7 and D1: both learning
-    rates, or "at ... only". C6: the first cell decides, and the other budget qualifies. Others:
-    the first.
-    """
-    verdicts = [cell.verdict for cell in cells]
-    first, found = verdicts[0], [verdict.verdict for verdict in verdicts]
-    notes = [note for note in (first.qualifier, cells[0].note) if note]
-    outcome = first.verdict
-    tested = [verdict for verdict in found if verdict != "not tested"]
-    if claim.id in ("C0", "C1"):
-        # The cell that decides lends its numbers; "holds" wants all of them, and two at least.
-        outcome = next((verdict for verdict in ("does not hold", "not tested", "inconclusive")
-                        if verdict in found), "holds" if len(found) > 1 else "not tested")
-        first = verdicts[found.index(outcome)] if outcome in found else first
-        if outcome != "not tested":
-            notes = [f"{cell.cell}: {verdict.verdict}" + (
-                     "" if verdict.verdict == "not tested" else f", {verdict.mean:+.1f}")
-                     for cell, verdict in zip(cells, verdicts, strict=True)]
-            notes += ["for this pair of networks"] if claim.unit == "backbone" else []
-        else:
-            notes = [first.qualifier if outcome in found else "one cell only", cells[0].note]
-    elif claim.id == "C3" and tested:
-        won = found.count("holds")
-        lost = sum("reversed" in verdict.qualifier for verdict in verdicts)
-        undecided = found.count("inconclusive")
-        outcome = ("holds" if won > len(tested) / 2 and not lost else
-                   "does not hold" if lost or won + undecided <= len(tested) / 2 else
-                   "inconclusive")
-        notes = [f"holds in {won} of {len(tested)} cells, reversed in {lost}",
-                 first.qualifier if "pointing" in first.qualifier else "", cells[0].note]
-    elif claim.id in ("C7", "D1") and tested:
-        at = [cell.cell for cell, verdict in zip(cells, found, strict=True) if verdict == "holds"]
-        if at:
-            outcome = "holds"
-            notes = [] if len(at) == len(found) else [f"at {', '.join(at)} only"]
-        else:
-            outcome = "does not hold" if set(tested) == {"does not hold"} else "inconclusive"
-            notes = [f"{cell.cell}: {verdict.verdict}, {verdict.mean:+.1f}"
-                     for cell, verdict in zip(cells, verdicts, strict=True)]
-        notes.append(cells[0].note)
-    elif claim.id == "C6":
-        signs = {np.sign(verdict.mean) for cell, verdict in zip(cells, verdicts, strict=True)
-                 if cell.backbone == cells[0].backbone and np.isfinite(verdict.mean)}
-        notes += ["depends on budget"] if len(signs) > 1 else []
-        notes += [f"{cell.cell}: {verdict.verdict}, {verdict.mean:+.1f}"
-                  for cell, verdict in zip(cells[1:], verdicts[1:], strict=True)]
-    return replace(first, verdict=outcome, qualifier="; ".join(note for note in notes if note))
 
 
 def _row(claim: Claim, cell: Evidence, verdict: Verdict) -> dict:

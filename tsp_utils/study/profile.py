@@ -1,6 +1,5 @@
 """A profile, read and checked: the settings of a run, its entrance to features and heads."""
 
-import difflib
 import os
 import re
 import textwrap
@@ -14,6 +13,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from tsp_utils.datasets import ImageDataset
+from tsp_utils.names import unknown
 from tsp_utils.paths import runs_dir, write_whole
 from tsp_utils.study.claims import claim_of
 from tsp_utils.study.feature_sets import (
@@ -25,7 +25,7 @@ from tsp_utils.study.feature_sets import (
     spread_rows,
     vectors_path,
 )
-from tsp_utils.study.runs import HeadRuns, run_heads, run_kmeans
+from tsp_utils.study.training import HeadRuns, run_heads, run_kmeans
 
 PROFILES = Path(__file__).parent / "profiles"
 WITH_IMAGES = ("fashion-mnist",)  # sets whose test images ship, whatever vectors do
@@ -204,8 +204,7 @@ def load_study(profile: str = "offline") -> Study:
     name, *overrides = profile.split() or [""]
     path = PROFILES / f"{name}.yaml"
     if not path.exists():
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise ValueError(f"There is no profile {name!r}; pass one of {', '.join(known)}.")
+        raise ValueError(unknown("profile", name, sorted(p.stem for p in PROFILES.glob("*.yaml"))))
     settings = _read_yaml(path.read_text(), path.name) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{path.name} is not a list of settings; write lines of KEY: VALUE.")
@@ -243,10 +242,8 @@ def _refusal(error: ValidationError, settings: dict) -> str:
 
 
 def _unknown(key) -> str:
-    known = [field.name for field in fields(Settings) if field.name != "profile"]
-    near = difflib.get_close_matches(str(key), known, 1, 0)[0]
-    return (f"There is no setting {key!r}; the nearest one is {near!r}, all are "
-            f"{', '.join(known)}.")
+    return unknown("setting", key, [field.name for field in fields(Settings)
+                                    if field.name != "profile"])
 
 
 def _read_yaml(text: str, where: str):

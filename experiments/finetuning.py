@@ -15,14 +15,16 @@ from tsp_utils import cache
 from tsp_utils.backbones import Backbone, load_backbone
 from tsp_utils.cache import versions
 from tsp_utils.datasets import ImageDataset, load_dataset
+from tsp_utils.devices import hardware
 from tsp_utils.features import extract_features
-from tsp_utils.heads import LinearHeads, Scaler, init_heads, kmeans, train_heads
+from tsp_utils.heads import LinearHeads, Scaler, init_heads, train_heads
+from tsp_utils.k_means import kmeans
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.neighbors import label_consistency, nearest_neighbors
 from tsp_utils.paths import bundled_dir, write_lines
-from tsp_utils.study.arms import attention, hardware
 from tsp_utils.study.feature_sets import draw_rows
 from tsp_utils.systems.finetune import finetune
+from tsp_utils.weights import attention
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +39,6 @@ VARIANTS = {
     "1e-4, first neighbours kept": (1, dict(learning_rate=1e-4, refresh=False)),
     SOURCE_TOO: (1, dict(learning_rate=1e-4)),
 }
-
-
-def records_path() -> Path:
-    return bundled_dir() / "readouts" / "finetuning.json"
-
-
-def map_path() -> Path:
-    return bundled_dir() / "readouts" / "finetuning_map.safetensors"
 
 
 def run_finetuning(backbone_name: str = "vit_nano_cpu") -> Path:
@@ -78,7 +72,7 @@ def run_finetuning(backbone_name: str = "vit_nano_cpu") -> Path:
             inputs = [wanted, target.fingerprint, test.fingerprint]
             records.append(wanted | cache.record("records", name, inputs, [], make))
             logger.info("%s, seed %d: %s", variant, seed, records[-1]["epochs"][-1])
-    return write_lines(records_path(), records)
+    return write_lines(bundled_dir() / "readouts" / "finetuning.json", records)
 
 
 def code_of_the_runs() -> str:
@@ -118,6 +112,7 @@ def _run(backbone, starts, seed, images, test: ImageDataset, scale, options, kee
     start = time.perf_counter()
     finetune(backbone, head, images, scale=scale, callback=read_out, **options)
     if keep_map:
-        save_file(vectors | {"labels": test.labels[chosen].astype(np.uint8)}, map_path())
+        save_file(vectors | {"labels": test.labels[chosen].astype(np.uint8)},
+                  bundled_dir() / "readouts" / "finetuning_map.safetensors")
     return {"epochs": epochs, "seconds": round(time.perf_counter() - start, 1),
             "hardware": hardware(backbone.device.type), "versions": versions()}

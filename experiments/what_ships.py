@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.arms import ARMS, find_arm
 from tsp_utils.backbones import load_backbone, spec_of_recipe
 from tsp_utils.cache import versions
 from tsp_utils.datasets import DATASETS, load_dataset
@@ -17,9 +18,8 @@ from tsp_utils.features import cached_features
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.paths import bundled_dir, runs_dir, write_json, write_lines, write_whole
 from tsp_utils.pretraining.dictionary import learn_patch_kmeans
-from tsp_utils.study.arms import ARMS, find_arm
 from tsp_utils.study.feature_sets import FeatureSet, save_vectors
-from tsp_utils.study.readouts import read_out, small_pool_consistency
+from tsp_utils.study.frozen_evaluation import read_out, small_pool_consistency
 
 PRETRAINED = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k", "vit_pico_cpu", "resnet_nano_cpu")
 VECTOR_BACKBONES = ("vit_mini_random", "patch_kmeans", *PRETRAINED)
@@ -62,14 +62,14 @@ def learn_patches(out: str | None = None, seed: int = 0) -> Path:
 def bundle_backbone(name: str) -> Path:
     """Put a finished pretraining arm into bundled/: weights, model card and read-outs.
 
-    Of other seeds, equal epochs, a mini network at nano's budget and networks above 16 MB the
-    read-outs alone. Needs `python -m tsp_utils pretrain NAME` to have finished, and both data sets;
+    Of other seeds, equal epochs, a mini network at nano's budget and networks above 16 MB the read-
+    outs alone. Needs `python -m experiments pretrain NAME` to have finished, and both data sets;
     nothing is written before all is computed. Returns the path of what it wrote last. Raises
     ValueError for an unknown arm, FileNotFoundError for one that has not finished.
     """
     arm, folder = find_arm(name), runs_dir() / "pretrain" / name
     if not (folder / "log.json").exists():
-        raise FileNotFoundError(f"The arm {name} has not finished; run python -m tsp_utils "
+        raise FileNotFoundError(f"The arm {name} has not finished; run python -m experiments "
                                 f"pretrain {name} first.")
     weights, records = (folder / "final.safetensors").read_bytes(), readouts_of(name, folder)
     out = bundled_dir() / "readouts" / f"{name}.json"

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from tsp_utils import cache
-from tsp_utils.cache import find_device
+from tsp_utils.devices import find_device
 from tsp_utils.heads import (
     LinearHeads,
     MLPHeads,

@@ -7,7 +7,7 @@ import numpy as np
 from tsp_utils.neighbors import knn_accuracy, label_consistency, nearest_neighbors
 from tsp_utils.study.feature_sets import FeatureSet
 from tsp_utils.study.profile import load_study
-from tsp_utils.study.runs import run_heads
+from tsp_utils.study.training import run_heads
 
 CONSISTENCY_AT = (1, 5, 20)  # neighbours
 N_DRAWS = 100  # of a small pool from a large one

@@ -26,7 +26,7 @@ PALETTE = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f", "#f
            "#b6992d", "#499894")
 
 
-def report(found) -> str:
+def folder_page(found) -> str:
     """The page about `FolderClusters`: clusters, doubts, neighbours, map, how it was made."""
     shares = neighbor_shares(found.clusters, found.neighbors.indices, found.probabilities.shape[1])
     sizes = np.bincount(found.clusters, minlength=len(shares))
@@ -40,7 +40,7 @@ def report(found) -> str:
                           CLUSTER_PX)
     on_map = _thumbnails(images, set(hovered.tolist()), MAP_PX)
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        (Path(__file__).parent / "report.html.jinja").read_text(encoding="utf-8"))
+        (Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
     return page.render(
         found=found, name=found.folder.resolve().name, n=len(found.paths), sizes=sizes.tolist(),
         order=np.argsort(-sizes, kind="stable").tolist(), shown=shown, thumbnails=in_rows,

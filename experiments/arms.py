@@ -3,20 +3,16 @@
 All arms of a size see the same number of images. Labels are read by the read-outs alone.
 """
 
-import contextlib
-import difflib
 import hashlib
 import json
 import logging
 import os
-import platform
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import timm
-import timm.layers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -24,13 +20,16 @@ from safetensors.torch import save
 from torch.utils.flop_counter import FlopCounterMode
 
 import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
-from tsp_utils.backbones import gains_from_bf16
 from tsp_utils.cache import code_of, versions
 from tsp_utils.datasets import load_dataset
+from tsp_utils.devices import find_device, gains_from_bf16, hardware
+from tsp_utils.names import unknown
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.paths import runs_dir, write_json, write_whole
-from tsp_utils.pretraining.dino import Dino, DinoRecipe, Network, pretrain_dino
+from tsp_utils.pretraining.dino import Dino, DinoRecipe, Network
+from tsp_utils.pretraining.run import pretrain_dino
 from tsp_utils.study.feature_sets import draw_rows, spread_rows
+from tsp_utils.weights import attention
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +136,7 @@ def find_arm(name: str) -> Arm:
     """The arm of that name. Raises ValueError for an unknown one."""
     if name in ARMS:
         return ARMS[name]
-    near = difflib.get_close_matches(name, ARMS, 1, 0.4)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise ValueError(f"Unknown pretraining arm {name!r}{hint}: pass one of {', '.join(ARMS)}.")
+    raise ValueError(unknown("pretraining arm", name, ARMS))
 
 
 def arm_images(arm: Arm) -> np.ndarray:
@@ -174,7 +171,7 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
     folder = Path(out_dir) if out_dir else runs_dir() / "pretrain" / name
     folder.mkdir(parents=True, exist_ok=True)
     images, code = arm_images(arm), code_of(pretrain_dino, Dino, Network)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = find_device()
     dtype = torch.bfloat16 if gains_from_bf16(torch.device(device)) else torch.float32
     if device == "cpu" and "_cpu" not in name:
         logger.warning("The arm %s wants a GPU: on CPU cores it takes days.", name)
@@ -226,21 +223,6 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
     }
     write_json(folder / "log.json", log, indent=1)
     return folder
-
-
-@contextlib.contextmanager
-def attention(fused: bool):
-    """The kernel of networks made inside: on a CPU the fused one's bf16 backward is twice as slow.
-
-    timm keeps the choice for the whole process, and features in bf16 differ by it in the third
-    digit: it is put back.
-    """
-    before = timm.layers.use_fused_attn()
-    timm.layers.set_fused_attn(fused)
-    try:
-        yield
-    finally:
-        timm.layers.set_fused_attn(before)
 
 
 class KnnReadout:
@@ -320,8 +302,3 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 / min(seconds) / 1e9
 
-
-def hardware(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()})"

@@ -1,16 +1,12 @@
 """Every head of this literature on the same features: tuned without labels, fitted, scored.
 
-One row a method and seed. `python -m tsp_utils heads` writes the records that ship; notebook 10
+One row a method and seed. `python -m experiments heads` writes the records that ship; notebook 10
 reads them, and runs a few seeds itself.
 """
 
-import difflib
-import json
-import logging
 import time
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 
 import faiss
 import numpy as np
@@ -21,18 +17,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from tsp_utils import cache
-from tsp_utils.cache import find_device, versions
+from tsp_utils.devices import find_device
 from tsp_utils.heads import Scaler, best_head
 from tsp_utils.metrics import clustering_metrics, match_clusters
+from tsp_utils.names import unknown
 from tsp_utils.neighbors import nearest_neighbors
-from tsp_utils.paths import bundled_dir, write_json
 from tsp_utils.study.baselines import KMEANS, MIXTURE, SPECTRAL, run_baseline
-from tsp_utils.study.claims import bootstrap_interval, t_interval
+from tsp_utils.study.decisions import bootstrap_interval
 from tsp_utils.study.feature_sets import FeatureSet
-from tsp_utils.study.runs import fit_kmeans
+from tsp_utils.study.training import fit_kmeans
 from tsp_utils.systems.rivals import RIVALS, train_rival
-
-logger = logging.getLogger(__name__)
 
 CONSENSUS = "tsp consensus"
 CLUSTERERS = {"k-means": KMEANS[0], "k-means-20": KMEANS[1], "gmm": MIXTURE, "spectral": SPECTRAL}
@@ -173,9 +167,7 @@ def scores_of(data: FeaturesToCluster, method: str) -> list[dict]:
     study, n_clusters = data.study, data.centers.shape[1]
     n, dim = data.fitted.shape
     if method not in (*METHODS, *ABLATIONS):
-        near = difflib.get_close_matches(method, METHODS, 1, 0)[0]
-        raise NotRun(f"The method {method!r} is not known; the nearest one is {near!r}, all are "
-                     f"{', '.join(METHODS)}")
+        raise NotRun(unknown("method", method, METHODS))
     if min(study.batch_size, n) < n_clusters and method not in (*CLUSTERERS, "spherical k-means"):
         raise NotRun(f"batches of {min(study.batch_size, n)} are smaller than the {n_clusters} "
                      f"clusters that they are to be spread over")
@@ -246,94 +238,6 @@ def linear_probe(fit: FeatureSet, score: FeatureSet) -> float:
     return 100 * float((predicted == score.labels).mean())
 
 
-def heads_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a feature set and method: mean and standard deviation (n - 1) over the seeds, and the
-    difference to TSP with its 95 % interval.
-
-    minus_tsp is paired by seed; the consensus is one clustering, so it is set against the head of
-    lowest loss, the interval by a bootstrap over images (`paired_by` says which).
-    """
-    table = []
-    for (dataset, backbone, protocol), cell in rows.groupby(["dataset", "backbone", "protocol"],
-                                                           sort=False):
-        tsp = cell[cell["method"] == "tsp"].set_index("seed")
-        for method, found in cell.groupby("method", sort=False):
-            row = dict(dataset=dataset, backbone=backbone, protocol=protocol, method=method)
-            first = found.iloc[0]
-            if found["acc"].isna().any():
-                table.append(row | dict(n=0, not_run=first["not_run"]))
-                continue
-            row |= {f"{m}_{name}": value for m in ("acc", "nmi", "ari")
-                    for name, value in (("mean", found[m].mean()), ("std", found[m].std()))}
-            row |= dict(n=len(found), n_used=found["n_used"].mean(),
-                        learning_rate=first["learning_rate"], sharpness=first["sharpness"])
-            if method == CONSENSUS:
-                row |= dict(minus_tsp=first["acc"] - first["against"], low=first["against_low"],
-                            high=first["against_high"], paired_by="image")
-            elif method != "tsp" and len(tsp):
-                paired = found.set_index("seed")["acc"] - tsp["acc"]
-                row |= dict(zip(("minus_tsp", "low", "high"), t_interval(paired.dropna()),
-                                strict=True), paired_by="seed")
-            table.append(row)
-    return pd.DataFrame(table).reindex(columns=[
-        "dataset", "backbone", "protocol", "method", "acc_mean", "acc_std", "nmi_mean", "nmi_std",
-        "ari_mean", "ari_std", "n", "minus_tsp", "low", "high", "paired_by", "n_used",
-        "learning_rate", "sharpness", "not_run"])
-
-
-def heads_markdown(table: pd.DataFrame, probes: pd.DataFrame) -> str:
-    """`heads_table` as a Markdown table: ACC, a row a method (best mean on top), a column a feature
-    set; (=) where the interval of the difference to TSP contains 0; the linear probe's row below.
-    """
-    cells = list(dict.fromkeys(zip(table["dataset"], table["backbone"], strict=True)))
-    found = {(r.dataset, r.backbone, r.method): r for r in table.itertuples()}
-    order = table.groupby("method")["acc_mean"].mean().sort_values(ascending=False).index
-    lines = ["| head | " + " | ".join(f"{d}, `{b}`" for d, b in cells) + " |",
-             "|---" * (len(cells) + 1) + "|"]
-    for method in order:
-        row = []
-        for cell in cells:
-            r = found[*cell, method]
-            spread = f" ± {r.acc_std:.1f}" if r.acc_std == r.acc_std else ""
-            level = " (=)" if method != "tsp" and r.low <= 0 <= r.high else ""
-            row.append(f"{r.acc_mean:.1f}{spread}{level}" if r.n else "not run")
-        lines.append(f"| {method} | {' | '.join(row)} |")
-    bound = probes.set_index(["dataset", "backbone"])["acc"]
-    lines.append("| *linear probe, with labels* | " + " | ".join(
-        f"{bound[cell]:.2f}" for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def compared_backbones(study) -> list[str]:
     """The two backbones whose features the heads are compared on: the default, and a network."""
     return list(dict.fromkeys((study.default_backbone, *study.vit_and_resnet)))[:2]
-
-
-def code_of_the_comparison() -> str:
-    """The key of all the code behind the records."""
-    parts = [part for rival in RIVALS.values() for part in (rival.loss, rival.heads)]
-    return cache.code_of(compare_heads, linear_probe, *parts)
-
-
-def records_path() -> Path:
-    return bundled_dir() / "readouts" / "heads.json"
-
-
-def run_heads_compared(profile: str = "offline") -> Path:
-    """All methods, ten seeds, two backbones on every target of the profile; writes the records."""
-    from tsp_utils.study.profile import load_study
-
-    study, rows, trials, probes = load_study(profile), [], [], []
-    for dataset, backbone in product(study.datasets, compared_backbones(study)):
-        found, tried = compare_heads(study, dataset, backbone, (*METHODS, *ABLATIONS))
-        rows, trials = [*rows, found], [*trials, tried]
-        probes.append(dict(dataset=dataset, backbone=backbone, protocol=study.protocol,
-                           acc=linear_probe(*study.fit_and_score(dataset, backbone))))
-        logger.info("%s under %s: done", dataset, backbone)
-    write_json(records_path(), {
-        "made_with": versions() | {"device": find_device()}, "n_steps": study.min_steps,
-        "code": code_of_the_comparison(), "probes": probes,
-        "trials": json.loads(pd.concat(trials).to_json(orient="records", double_precision=5)),
-        "rows": json.loads(pd.concat(rows).to_json(orient="records", double_precision=4))},
-        indent=1)
-    return records_path()

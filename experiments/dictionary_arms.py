@@ -9,17 +9,18 @@ from pathlib import Path
 
 import torch
 
+from experiments.arms import ARMS, arm_images
 from tsp_utils import cache
 from tsp_utils.backbones import BACKBONES, Backbone
 from tsp_utils.cache import versions
 from tsp_utils.datasets import load_dataset
+from tsp_utils.devices import hardware
 from tsp_utils.features import extract_features
 from tsp_utils.patch_kmeans import PatchKMeans
 from tsp_utils.paths import bundled_dir, write_lines
 from tsp_utils.pretraining.dictionary import learn_patch_kmeans
-from tsp_utils.study.arms import ARMS, arm_images, hardware
 from tsp_utils.study.feature_sets import FeatureSet
-from tsp_utils.study.readouts import read_out
+from tsp_utils.study.frozen_evaluation import read_out
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,6 @@ DICTIONARY_ARMS = {
     "source and target": ("vit_nano_union", 1),
     "target 4,000, equal epochs": ("vit_nano_cifar10_4k", 25),
 }
-
-
-def readouts_path() -> Path:
-    return bundled_dir() / "readouts" / "dictionaries.json"
 
 
 def learn_dictionary_arms(n_seeds: int = 10, n_heads: int = 5) -> Path:
@@ -56,7 +53,7 @@ def learn_dictionary_arms(n_seeds: int = 10, n_heads: int = 5) -> Path:
                 "records", f"dictionary {name} {seed}", wanted, [],
                 lambda wanted=wanted, twin=twin: _learn_and_read_out(wanted, twin, target)))
             logger.info("%s, seed %d: %.1f s", name, seed, records[-1]["seconds"])
-    return write_lines(readouts_path(), records)
+    return write_lines(bundled_dir() / "readouts" / "dictionaries.json", records)
 
 
 def code_of_the_arms() -> str:

@@ -19,10 +19,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-PACKAGE = __package__
-# What keeps, draws, reports or measures time shapes no result.
+PACKAGE = __package__.partition(".")[0]
+# What keeps, draws, reports or finds its place shapes no result.
 SHAPES_NOTHING = {f"{PACKAGE}.{name}" for name in (
-    "keys", "cache", "paths", "plots", "folder.report", "__main__")}
+    "cache", "cache.keys", "cache.entries", "cache.rows", "devices", "paths", "plots",
+    "study.plots", "folder.page", "__main__")}
 
 
 def key_of(inputs, *functions) -> str:

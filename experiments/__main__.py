@@ -1,0 +1,52 @@
+"""The experiments by name: python -m experiments NAME. Each makes again something that ships."""
+
+import argparse
+import importlib
+import logging
+import sys
+
+# Name: its file, its function, what the help says.
+EXPERIMENTS = {
+    "pretrain": ("arms", "pretrain_arm", "pretrain one arm of the source ablation by DINO"),
+    "bundle": ("what_ships", "bundle_backbone", "put a finished arm into bundled/, with its card"),
+    "learn-patches": ("what_ships", "learn_patches", "learn patch_kmeans again from its source"),
+    "bundle-vectors": ("what_ships", "bundle_vectors", "extract the bundled vectors again"),
+    "dictionary-arms": ("dictionary_arms", "learn_dictionary_arms",
+                        "learn and read out the dictionaries of claim C6 (36 minutes)"),
+    "finetune": ("finetuning", "run_finetuning", "the fine-tuning of claim C7 (an hour)"),
+    "finetune-map": ("finetuning_map", "run_finetuning_map",
+                     "the fine-tuning map of claim D1 (an hour)"),
+    "heads": ("heads", "run_heads_compared", "every head, ten seeds (an hour)"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m experiments", description=__doc__.split("\n")[0])
+    names = top.add_subparsers(dest="experiment", required=True, metavar="NAME")
+    makers = {name: names.add_parser(name, help=words) for name, (*_, words) in EXPERIMENTS.items()}
+    for name in ("pretrain", "bundle"):
+        makers[name].add_argument("name", metavar="arm", help="of experiments.arms.ARMS")
+    makers["pretrain"].add_argument("--out", default=None, dest="out_dir",
+                                    help="folder; default: runs/pretrain/ARM")
+    makers["learn-patches"].add_argument("--out", default=None,
+                                         help="file to write; default: the bundled one")
+    makers["learn-patches"].add_argument("--seed", type=int, default=0)
+    return top
+
+
+def main(arguments) -> None:
+    """Run one experiment with its own arguments, and print what it wrote."""
+    own = vars(parser().parse_args(arguments))
+    file, function, _ = EXPERIMENTS[own.pop("experiment")]
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("experiments").setLevel(logging.INFO)
+    made = getattr(importlib.import_module(f"experiments.{file}"), function)(**own)
+    for path in made if isinstance(made, list) else [made]:
+        print(path)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,24 @@
+"""One cache for all that is kept: features, K-means, heads, other clusterers, records of an hour.
+
+`keys` says what a result depends on, `entries` keeps arrays under such a key, `rows` vectors by
+the content of their images.
+"""
+
+from tsp_utils.cache.entries import (
+    arrays,
+    call,
+    file_name,
+    fitted,
+    locked,
+    made_with,
+    record,
+    seeds,
+    versions,
+)
+from tsp_utils.cache.keys import code_called_by, code_of, data_of, key_of, plain
+from tsp_utils.cache.rows import rows
+
+__all__ = [
+    "arrays", "call", "code_called_by", "code_of", "data_of", "file_name", "fitted", "key_of",
+    "locked", "made_with", "plain", "record", "rows", "seeds", "versions",
+]

@@ -1,0 +1,110 @@
+"""What an executed notebook depends on, as one hash: its text, settings, code, images, readings.
+
+A notebook's own metadata says what the runner has to know of it:
+
+    "tsp": {"data": ["study", "fashion-mnist"],  the images it loads: the study's, or a set's test
+            "reads": ["03", "04"],               the notebooks whose evidence and tables it reads
+            "seconds": {"offline": 40, "small": 70}}                 how long it takes, at first
+
+Its executed copy adds the hash that it was run for and the files that it left, with their hashes.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from tsp_utils.cache import code_called_by
+from tsp_utils.datasets import dataset_files
+from tsp_utils.paths import REPOSITORY, bundled_dir
+from tsp_utils.study.profile import Study
+
+NOTEBOOKS = REPOSITORY / "notebooks"
+
+
+def notebook_paths(folder: Path = NOTEBOOKS) -> list[Path]:
+    """The study's notebooks in their order."""
+    return sorted(path for path in folder.glob("[0-9][0-9]_*.ipynb"))
+
+
+def notebook_hash(path: Path, study: Study) -> str:
+    """Hash of all that an executed notebook depends on.
+
+    Its text and code, the study's settings, the code of the package that it calls, what ships, the
+    images that it loads, and what the notebooks that it reads have left.
+    """
+    return hash_of(parts_of(path, study))
+
+
+def hash_of(parts: dict) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def parts_of(path: Path, study: Study) -> dict:
+    """What `notebook_hash` is made of, by name."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    about = notebook["metadata"].get("tsp", {})
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
+    reads = [other for other in notebook_paths(path.parent)
+             if other.name[:2] in about.get("reads", ())]
+    return {"cells": cells, "study": repr(study),
+            "code": _code_called("\n".join(text for kind, text in cells if kind == "code")),
+            "bundled": sorted((file.relative_to(bundled_dir()).as_posix(), sha256_of(file))
+                              for file in bundled_dir().rglob("*") if file.is_file()),
+            "data": data_stamps(about, study),
+            "reads": {other.stem: about_of(study.run_dir / other.name).get("left")
+                      for other in reads}}
+
+
+def _code_called(source: str) -> str:
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    try:
+        return code_called_by(TransformerManager().transform_cell(source))  # %magic and !shell
+    except SyntaxError:
+        return ""  # it will fail, and is not skipped
+
+
+def data_stamps(about: dict, study: Study) -> dict:
+    """Number of files, and a hash of their names and sizes, of each split that a notebook loads.
+
+    Blind to times, in which clones differ.
+    """
+    splits = {"all": ("test",), "split": ("test", "train")}[study.protocol]
+    wanted = {}
+    for name in about.get("data", ["study"]):
+        wanted |= {(name, "test"): None} if name != "study" else {
+            (target, split): None for target in study.datasets if not study.uses_vectors(target)
+            for split in splits}
+    stamps = {}
+    for name, split in wanted:
+        files = dataset_files(name, split)
+        sizes = sorted([file.parent.name, file.name, file.stat().st_size] for file in files)
+        stamps[f"{name}/{split}"] = [len(files), hash_of(sizes)]
+    return stamps
+
+
+def is_done(path: Path, study: Study, wanted: str) -> bool:
+    """Whether the executed copy is what a run would give, and what it left is still as it was."""
+    about = about_of(study.run_dir / path.name)
+    return about.get("hash") == wanted and not noted_by(path, study).exists() and all(
+        sha256_of(study.run_dir / name) == left for name, left in about["left"].items())
+
+
+def noted_by(path: Path, study: Study) -> Path:
+    """Where a notebook's files are noted, from its start until it is finished and no longer."""
+    return study.run_dir / f".{path.stem}.left"
+
+
+def about_of(path: Path) -> dict:
+    """What a notebook's metadata say to the runner; nothing where there is none to be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("tsp", {})
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def sha256_of(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None

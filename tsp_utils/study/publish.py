@@ -1,0 +1,77 @@
+"""From a finished run back into the repository: outputs into notebooks/, figures into figures/."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from tsp_utils.paths import REPOSITORY, write_whole
+from tsp_utils.study.needs import notebook_paths
+from tsp_utils.study.profile import load_study
+
+
+def refresh(profile: str = "offline") -> list[Path]:
+    """Put the outputs of a finished run's notebooks into those of notebooks/; returns these.
+
+    Timing metadata and papermill's own cell are left out, so that a diff shows what changed.
+    Raises FileNotFoundError where a notebook of this text has not been run.
+    """
+    run_dir, paths = load_study(profile).run_dir, notebook_paths()
+    for path in paths:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        executed = run_dir / path.name
+        ran = json.loads(executed.read_text(encoding="utf-8")) if executed.exists() else {}
+        done = [cell for cell in ran.get("cells", ())
+                if "injected-parameters" not in cell["metadata"].get("tags", [])]
+        if [cell["source"] for cell in done] != [cell["source"] for cell in notebook["cells"]]:
+            raise FileNotFoundError(f"{path.name} has not been run as it is now; run make "
+                                    f"reproduce first.")
+        code = [pair for pair in zip(notebook["cells"], done, strict=True)
+                if pair[0]["cell_type"] == "code"]
+        for count, (cell, ran) in enumerate(code, 1):
+            cell["execution_count"], cell["outputs"] = count, _without_progress(ran["outputs"])
+            for output in cell["outputs"]:
+                if "execution_count" in output:
+                    output["execution_count"] = count
+        text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+        write_whole(path, lambda file, text=text: file.write(text.encode()))
+    return paths
+
+
+def _without_progress(outputs: list) -> list:
+    """Outputs less tqdm's bars, which say something only while they run; warnings beside stay."""
+    kept = []
+    for output in outputs:
+        if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+            continue
+        if output.get("name") == "stderr":
+            pieces = [piece for piece in re.split(r"[\r\n]+|\x1b\[A", "".join(output["text"]))
+                      if piece.strip() and not re.search(r"\[[\d:]+[<,].*/\w+[],]", piece)]
+            if not pieces:
+                continue
+            output["text"] = "\n".join(pieces) + "\n"
+        kept.append(output)
+    return kept
+
+
+def publish_figures(profile: str) -> list[Path]:
+    """Copy a finished run's figures, CSVs and tables into figures/PROFILE; returns what was copied.
+
+    Raises FileNotFoundError where there is no finished run to copy from.
+    """
+    study = load_study(profile)
+    source = study.run_dir / "figures"
+    missing = [path.stem for path in notebook_paths() if not (study.run_dir / path.name).exists()]
+    if missing or not source.exists():
+        raise FileNotFoundError(f"There is no finished run of {profile} to take figures from "
+                                f"(missing: {', '.join(missing) or 'figures'}); run make reproduce "
+                                f"PROFILE={profile} first.")
+    target = REPOSITORY / "figures" / study.profile
+    target.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "csv"):
+        for old in target.glob(f"*.{kind}"):  # what an earlier run drew
+            old.unlink()
+    # Sheets of images that are not ours to republish stay in runs/.
+    chosen = [path for path in sorted(source.iterdir())
+              if not path.stem.endswith("_local")]
+    return [Path(shutil.copy2(path, target / path.name)) for path in chosen]
