@@ -12,7 +12,7 @@ VENV_STAMP := .venv/.complete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce pretrain-paper test test-quick notebooks refresh figures bench clean
+.PHONY: help setup setup-cpu reproduce pretrain-paper test test-quick notebooks refresh figures bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,11 @@ help:  ## list the targets
 	@touch $@
 
 setup: $(VENV_STAMP)  ## create .venv from requirements.lock (once; skipped when it is there)
+
+setup-cpu:  ## the same without CUDA, 1.5 GB and not 6.5: needs uv and a network
+	@uv venv --allow-existing .venv
+	@uv pip install --torch-backend cpu -e '.[study,dev]'
+	@touch .venv/.complete
 
 reproduce: $(VENV_STAMP)  ## run every notebook: PROFILE=offline|small|paper, SET="key=value ...", FORCE=1, JOBS=1
 	@$(PYTHON) -m tsp_utils reproduce --profile "$(PROFILE)" $(if $(SET),--set $(SET)) $(if $(FORCE),--force) $(if $(JOBS),--jobs $(JOBS))

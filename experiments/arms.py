@@ -152,7 +152,7 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
 
     On a CPU only the arms named `_cpu` end within hours; the others are begun with a warning.
     Under `torchrun` every process takes its share of each batch, the first one writes, and nothing
-    is resumed: `torchrun --nproc-per-node 4 -m tsp_utils pretrain NAME`. Leaves the teacher's
+    is resumed: `torchrun --nproc-per-node 4 -m experiments pretrain NAME`. Leaves the teacher's
     backbone at the start and at a quarter, half and all of the budget (fp16 safetensors), the log
     with its kNN read-outs, and the checkpoint. Needs the arm's images, and Tiny-ImageNet's val
     split for the read-outs.

@@ -20,7 +20,7 @@ from tsp_utils.features import extract_features
 from tsp_utils.heads import LinearHeads, Scaler, init_heads, train_heads
 from tsp_utils.k_means import kmeans
 from tsp_utils.metrics import clustering_metrics
-from tsp_utils.neighbors import label_consistency, nearest_neighbors
+from tsp_utils.neighbors import WEIGHTINGS, label_consistency, nearest_neighbors
 from tsp_utils.paths import bundled_dir, write_lines
 from tsp_utils.study.feature_sets import draw_rows
 from tsp_utils.systems.finetune import finetune
@@ -77,7 +77,8 @@ def run_finetuning(backbone_name: str = "vit_nano_cpu") -> Path:
 
 def code_of_the_runs() -> str:
     """The key of the code behind a record."""
-    return cache.code_of(finetune, _starting_heads, _run, Backbone, Scaler.fit, Scaler.transform)
+    return cache.code_of(finetune, WEIGHTINGS["gaussian"], _starting_heads, _run, Backbone,
+                         Scaler.fit, Scaler.transform)
 
 
 def _source_images() -> np.ndarray:

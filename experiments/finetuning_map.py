@@ -21,7 +21,7 @@ from tsp_utils.devices import hardware
 from tsp_utils.heads import LinearHeads, Scaler
 from tsp_utils.k_means import kmeans
 from tsp_utils.metrics import clustering_metrics
-from tsp_utils.neighbors import label_consistency, nearest_neighbors
+from tsp_utils.neighbors import WEIGHTINGS, label_consistency, nearest_neighbors
 from tsp_utils.paths import bundled_dir, write_lines
 from tsp_utils.pretraining.multi_crop import random_colors, random_crops
 from tsp_utils.study.feature_sets import draw_rows
@@ -52,7 +52,7 @@ def icbpl(head, x, neighbor_x, view_x, progress):
 
 # The loss, the head's rate (as the heads were trained before) and how neighbours are drawn.
 LOSSES = {"tsp": dict(loss=eq5, head_learning_rate=1e-4),
-          "icbpl": dict(loss=icbpl, head_learning_rate=1e-3, weighted=False)}
+          "icbpl": dict(loss=icbpl, head_learning_rate=1e-3, weighting="uniform")}
 
 
 def augmented(images: np.ndarray, backbone: Backbone, seed: int) -> torch.Tensor:
@@ -110,9 +110,9 @@ def run_finetuning_map(backbone_name: str = "vit_nano_cpu", runs=None) -> Path:
 
 def code_of_the_map() -> str:
     """The key of the code behind a record."""
-    return cache.code_of(train_together, starting_heads, _of_seed, _tokens, _run, LastBlocks, eq5,
-                         icbpl, RIVALS["tsp"].loss, ICBPLHeads, Backbone, Scaler.fit,
-                         Scaler.transform)
+    return cache.code_of(train_together, *WEIGHTINGS.values(), starting_heads, _of_seed, _tokens,
+                         _run, LastBlocks, eq5, icbpl, RIVALS["tsp"].loss, ICBPLHeads, Backbone,
+                         Scaler.fit, Scaler.transform)
 
 
 def starting_heads(scaled: np.ndarray, n_clusters: int) -> dict[str, list]:

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 def code_of_the_comparison() -> str:
     """The key of all the code behind the records."""
-    parts = [part for rival in RIVALS.values() for part in (rival.loss, rival.heads)]
-    return cache.code_of(compare_heads, linear_probe, *parts)
+    return cache.code_of(compare_heads, linear_probe, *(part for rival in RIVALS.values()
+                                                        for part in rival.code))
 
 
 def run_heads_compared(profile: str = "offline") -> Path:

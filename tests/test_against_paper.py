@@ -48,7 +48,7 @@ def leave_record(study, shift=0.0, n=50_000, name="a", code=None, **changes):
     folder = study.run_dir / "records"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(
-        {"settings": settings, "code": code or code_of_heads(), "metrics": rows}))
+        {"settings": settings, "code": code or code_of_heads(study), "metrics": rows}))
 
 
 def test_equal_to_the_paper_is_inside_and_five_points_are_not(study, monkeypatch, capsys):

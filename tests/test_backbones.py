@@ -256,9 +256,13 @@ def test_a_download_is_kept_only_when_it_is_whole(weights_dir, monkeypatch):
     assert list(weights_dir.iterdir()) == []
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda _, path: torch.save(state, path))
     load_backbone("dino_resnet50", "cpu")
-    assert [path.name for path in weights_dir.iterdir()] == ["dino_resnet50_pretrain.pth"]
+    file = weights_dir / "dino_resnet50_pretrain.pth"
+    assert {path.name for path in weights_dir.iterdir()} == {file.name, f"{file.name}.sha256"}
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     load_backbone("dino_resnet50", "cpu")
+    torch.save({key: value + 1 for key, value in state.items()}, file)  # another one in its place
+    with pytest.raises(ValueError, match="is not the file that was downloaded: delete it"):
+        load_backbone("dino_resnet50", "cpu")
 
 
 def test_the_table_agrees_with_timm_and_with_the_published_figures():
@@ -381,15 +385,15 @@ def test_bfloat16_agrees_with_float32_where_the_cpu_gains_from_it():
     ("dino_vits", "dino_vits16"), ("pixel", "pixels"), ("vit_small", "timm:vit_small"),
     ("timm:resnet50.nope", "timm:resnet50"), ("timm:vit_tiny_patch16", "timm:vit_tiny_patch16")])
 def test_unknown_names_list_the_known_and_the_nearest(name, near):
-    with pytest.raises(ValueError, match="known are pixels, vit_mini_random") as caught:
+    with pytest.raises(ValueError, match="all are pixels, vit_mini_random") as caught:
         load_backbone(name)
     if name != "vit_small":
-        assert near in str(caught.value).split("nearest:")[1]
+        assert f"nearest one is '{near}" in str(caught.value)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
 def test_unknown_and_absent_devices_are_refused(device):
-    with pytest.raises(ValueError, match=f"device '{device}' is not there: pass auto"):
+    with pytest.raises(ValueError, match=f"device '{device}' is not there; pass auto"):
         load_backbone("pixels", device)
 
 

@@ -10,7 +10,8 @@ from tsp_utils.cache import keys
 from tsp_utils.features import _feature_batches, code_that_sees
 from tsp_utils.heads import Scaler
 from tsp_utils.k_means import kmeans
-from tsp_utils.study.training import CODE
+from tsp_utils.study.profile import load_study
+from tsp_utils.study.training import code_of_training
 
 ROOT = Path(__file__).resolve().parent.parent
 EDITS = {
@@ -34,7 +35,8 @@ def reached():
     """Qualified names that each kind of result, and each notebook, reaches."""
     network = load_backbone("patch_kmeans", device="cpu")
     found = {"features": [_feature_batches, *code_that_sees(network, None)],
-             "K-means": [kmeans, Scaler.fit, Scaler.transform], "heads": CODE}
+             "K-means": [kmeans, Scaler.fit, Scaler.transform], "heads": code_of_training(
+                 load_study())}
     names = {what: names_in(keys._reached(functions, set())) for what, functions in found.items()}
     texts, digest = {}, keys._digest
     keys._digest = lambda reached: names_in(reached)

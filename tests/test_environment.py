@@ -6,10 +6,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-CONDA_NAMES = {"pytorch": "torch", "matplotlib-base": "matplotlib"}
+CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch", "matplotlib-base": "matplotlib"}
 
 
 def declared() -> dict[str, str]:
@@ -18,8 +19,9 @@ def declared() -> dict[str, str]:
     return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in lines)
 
 
-def test_conda_environment_names_the_same_packages_and_versions():
-    entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+@pytest.mark.parametrize("file", ["environment.yml", "environment-cpu.yml"])
+def test_conda_environments_name_the_same_packages_and_versions(file):
+    entries = yaml.safe_load((ROOT / file).read_text())["dependencies"]
     conda = dict(re.match(r"([\w-]+)(.*)", entry).groups() for entry in entries)
     conda.pop("python")
     assert {CONDA_NAMES.get(name, name): rest for name, rest in conda.items()} == declared()

@@ -226,7 +226,7 @@ def test_a_run_leaves_a_record_and_is_not_trained_twice(tiny, trainings):
     (record,) = records(tiny)
     assert record["settings"]["n_neighbors"] == 20 and record["settings"]["n"] == 600
     assert {"dataset", "backbone", "fit"} <= record["settings"].keys()
-    assert record["code"] == code_of_heads()
+    assert record["code"] == code_of_heads(tiny)
     (made_with,) = record["made_with"]
     assert {"python", "torch", "scikit-learn", "machine", "device"} <= made_with.keys()
     assert record["seconds"] > 0 and len(record["final_loss"]) == 2

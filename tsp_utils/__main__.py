@@ -109,7 +109,8 @@ def report(steps) -> None:
     from tsp_utils.study.runner import Step
     start, terminal = time.perf_counter(), sys.stdout.isatty()
     clear = "\r\x1b[K" if terminal else ""
-    running, said = {}, {}
+    running: dict[str, Step] = {}
+    said: dict[str, tuple[float, str]] = {}
     try:
         for step in (Step(*step) for step in steps):
             running.pop(step.name, None)

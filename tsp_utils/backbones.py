@@ -43,11 +43,11 @@ _ROWS = [
     BackboneSpec("dino_resnet50", "resnet50", {}, "url", "dino_resnet50_pretrain.pth",
                  f"{_OFFICIAL}/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
                  dim=2048, published_knn=67.5, note="TSP-ResNet"),
-    BackboneSpec("dino_vits16", "vit_small_patch16_224.dino", {}, "timm",
+    BackboneSpec("dino_vits16", "vit_small_patch16_224.dino", {}, "url",
                  "dino_deitsmall16_pretrain.pth",
                  f"{_OFFICIAL}/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
                  dim=384, published_knn=74.5, note="TSP-ViT1"),
-    BackboneSpec("dino_vitb16", "vit_base_patch16_224.dino", {}, "timm",
+    BackboneSpec("dino_vitb16", "vit_base_patch16_224.dino", {}, "url",
                  "dino_vitbase16_pretrain.pth",
                  f"{_OFFICIAL}/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
                  dim=768, published_knn=76.1, note="TSP-ViT2"),
@@ -146,7 +146,7 @@ def model_card(name: str) -> dict | None:
 
 def spec_of_recipe(name: str, recipe: Mapping, file: str = "") -> BackboneSpec:
     """The row of a network that `pretraining.dino` made; recipe: a `DinoRecipe` as a mapping."""
-    options = {key: tuple(value) if isinstance(value, list) else value
+    options: dict = {key: tuple(value) if isinstance(value, list) else value
                for key, value in recipe["options"] if key != "dynamic_img_size"}
     return BackboneSpec(name, recipe["architecture"], options, "bundled", file,
                         input_size=options.get("img_size", 32), mean=tuple(recipe["mean"]),

@@ -99,7 +99,7 @@ class ImageDataset:
         else:
             digest.update(str(self.images.shape).encode())
             for start in range(0, len(self), 1000):  # a chunk, as the array may be a view
-                digest.update(np.ascontiguousarray(self.images[start : start + 1000]))
+                digest.update(self.images[start : start + 1000].tobytes())
         return digest.hexdigest()
 
     def subset(self, indices) -> "ImageDataset":

@@ -99,8 +99,8 @@ def _fetch(name: str, source, root: Path, files: list[str], download: bool):
         refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
         if getattr(error, "errno", None) in refused:
             raise OSError(
-                f"Cannot write {name} into {root} ({error.strerror}): set TSP_DATA or pass root= "
-                "to a folder that can be written."
+                f"Cannot write {name} into {root} ({getattr(error, 'strerror', error)}): set "
+                "TSP_DATA or pass root= to a folder that can be written."
             ) from error
         raise ConnectionError(
             f"Could not fetch {name} ({' '.join(str(error).split())}): check the network and the "

@@ -28,7 +28,7 @@ def extract_features(backbone, images, batch_size: int = 256, progress: bool = T
         if out.shape != shape:
             raise ValueError(f"out has shape {list(out.shape)}: pass one of {list(shape)}")
         out[rows[0] : rows[-1] + 1] = features
-    return out
+    return out  # type: ignore[return-value]
 
 
 def cached_features(backbone, dataset, folder: str | os.PathLike | None = None,
@@ -60,7 +60,7 @@ def cached_features(backbone, dataset, folder: str | os.PathLike | None = None,
 def code_that_sees(backbone, images) -> list:
     """What shapes a vector beside weights and settings: backbone, network and reader of files."""
     model = getattr(backbone, "model", None)
-    parts = model.modules() if hasattr(model, "modules") else ()
+    parts = model.modules() if model is not None else ()
     return [backbone, *parts, *([] if isinstance(images, np.ndarray) else [type(images)])]
 
 

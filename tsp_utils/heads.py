@@ -254,7 +254,7 @@ def _of_the_contract(found, n_seeds: int):
     value, terms = found if isinstance(found, tuple) and len(found) == 2 else (None, None)
     parts = [value, *terms.values()] if isinstance(terms, dict) else [None]
     if not all(torch.is_tensor(part) and part.shape == (n_seeds,) for part in parts) or (
-            not value.requires_grad):
+            not value.requires_grad):  # type: ignore[union-attr]
         raise ValueError(f"A loss takes logits and neighbours' logits [S, B, C] and returns its "
                          f"value [S] and its terms by name, each [S] (here S = {n_seeds}), and "
                          f"this one did not; write it as losses.tsp_loss is written.")
@@ -284,8 +284,8 @@ def draw_batches(neighbors: Neighbors, weights: np.ndarray, rngs, batch_size: in
     for done in range(0, n_steps, per_epoch):
         pairs = np.stack([draw_pairs(rng, neighbors.indices, cumulative, per_epoch * batch_size)
                           for rng in rngs])
-        pairs = torch.from_numpy(pairs).to(device).view(len(rngs), 2, per_epoch, batch_size)
-        yield from pairs.unbind(2)[: n_steps - done]
+        steps = torch.from_numpy(pairs).to(device).view(len(rngs), 2, per_epoch, batch_size)
+        yield from steps.unbind(2)[: n_steps - done]
 
 
 def draw_pairs(rng, indices, cumulative, n_pairs: int) -> np.ndarray:

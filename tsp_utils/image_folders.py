@@ -57,7 +57,9 @@ class ReadableFiles(ImageFiles):
 
     def __init__(self, folder: Path, paths: Sequence[str]):
         super().__init__(folder, paths)
-        self.seen, self.unreadable, self._shape = set(), {}, (32, 32, 3)
+        self.seen: set[int] = set()
+        self.unreadable: dict[str, str] = {}
+        self._shape: tuple[int, ...] = (32, 32, 3)
 
     def read_bytes(self, path: str) -> bytes:
         """What a file holds; nothing where it cannot be opened."""
@@ -87,7 +89,8 @@ def find_images(folder: Path) -> list[str]:
     def refuse(error: OSError):
         raise OSError(f"Cannot list {error.filename}: {error.strerror}; check its permissions.")
 
-    paths, above = [], {}  # above: a folder's own real path and those of the folders it lies in
+    paths: list[str] = []
+    above: dict[str, set] = {}  # a folder's own real path and those of the folders it lies in
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         outer, real = above.get(os.path.dirname(parent), set()), os.path.realpath(parent)
         if real in outer:

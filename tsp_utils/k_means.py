@@ -29,7 +29,8 @@ def kmeans(features: np.ndarray, n_clusters: int, seeds, n_init: int = 1,
         raise ValueError(f"{len(features)} samples cannot make {n_clusters} clusters; pass at most "
                          f"{len(features)} as n_clusters, or more samples.")
     # Distinct rows are counted only up to the number needed.
-    distinct, rows = set(), iter(np.ascontiguousarray(features))
+    distinct: set[bytes] = set()
+    rows = iter(np.ascontiguousarray(features))
     while len(distinct) < n_clusters and (row := next(rows, None)) is not None:
         distinct.add(row.tobytes())
     if len(distinct) < n_clusters:
@@ -58,7 +59,8 @@ def _kmeans_on(device: str, features, n_clusters: int, seeds, n_init: int) -> KM
             centers, _ = kmeans_plusplus(features, n_clusters, random_state=state)
             runs.append(_lloyd(x, torch.as_tensor(centers, device=device), tolerance))
         found.append(min(runs, key=lambda run: run[2]))
-    return KMeansRuns(*(np.stack([run[part] for run in found]) for part in range(3)), tuple(seeds))
+    centers, clusters, inertia = (np.stack(part) for part in zip(*found, strict=True))
+    return KMeansRuns(centers, clusters, inertia, tuple(seeds))
 
 
 def _lloyd(x: torch.Tensor, centers: torch.Tensor, tolerance: float, max_iter: int = 300):

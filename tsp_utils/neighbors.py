@@ -72,6 +72,16 @@ def neighbor_weights(neighbors: Neighbors) -> np.ndarray:
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
+def uniform_weights(neighbors: Neighbors) -> np.ndarray:
+    """1 / K for each neighbour, float32 [N, K]: what SCAN and most others draw by."""
+    n_neighbors = neighbors.indices.shape[1]
+    return np.full(neighbors.indices.shape, 1 / n_neighbors, np.float32)
+
+
+# How a neighbour is drawn: another P(.|i) is a row here, and a profile may name it.
+WEIGHTINGS = {"gaussian": neighbor_weights, "uniform": uniform_weights}
+
+
 def neighbor_perplexity(weights: np.ndarray) -> np.ndarray:
     """exp of the entropy of each row: how many neighbours it effectively weighs. [N, K] -> [N]."""
     p = weights.astype(np.float64)
@@ -108,7 +118,7 @@ def knn_accuracy(train_features, train_labels, test_features=None, test_labels=N
         query_labels = _checked_labels(test_labels, len(test))
         k = min(k, len(train))
     found, distances = _nearest(test, train, k, "cosine", others=leave_one_out)  # [N, k]
-    has_length = train.any(1)[found] & test.any(1)[:, None]
+    has_length = train.any(1)[found] & test.any(1)[:, None]  # type: ignore[index]
     cosines = np.where(has_length, 1 - distances.astype(np.float64) ** 2 / 2, 0)
     classes, train_class = np.unique(train_labels, return_inverse=True)
     votes = np.zeros((len(test), len(classes)))

@@ -42,6 +42,15 @@ class PatchKMeans(nn.Module):
     scale [4A] standardise the pooled activations, axes [4A, D] (already scaled) reduce them.
     """
 
+    mean: torch.Tensor
+    whitener: torch.Tensor
+    atoms: torch.Tensor
+    centre: torch.Tensor
+    scale: torch.Tensor
+    axes: torch.Tensor
+    distance: torch.Tensor
+    quadrants: torch.Tensor
+
     def __init__(self, mean, whitener, atoms, centre, scale, axes):
         super().__init__()
         for name, value in dict(mean=mean, whitener=whitener, atoms=atoms, centre=centre,

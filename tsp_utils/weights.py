@@ -33,8 +33,8 @@ class BackboneSpec:
     architecture: str  # timm's name, or our own: pixels, patch_kmeans
     options: Mapping = field(default_factory=dict)  # further arguments of timm.create_model
     source: str = "none"  # of the weights: none, random, bundled, url, timm
-    file: str | None = None  # official file name; bundled, or looked for in TSP_DATA/weights first
-    url: str | None = None
+    file: str = ""  # official file name; bundled, or looked for in TSP_DATA/weights first
+    url: str = ""
     input_size: int | None = 224  # pixels a side; None: the images' own
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -106,6 +106,9 @@ def _find_weights(spec: BackboneSpec) -> Path | None:
         return bundled_dir() / spec.file
     path = data_dir() / "weights" / spec.file
     if path.is_file():
+        if (recorded := _recorded(path)).exists() and recorded.read_text() != _sha256(path):
+            raise ValueError(f"{path} is not the file that was downloaded: delete it, to fetch it "
+                             f"again, or {recorded.name}, to take it as it is")
         return path
     if spec.source == "absent":
         raise ValueError(f"timm has no pretrained weights for {spec.name}: pass checkpoint=, or "
@@ -123,10 +126,20 @@ def _download(spec: BackboneSpec, path: Path) -> None:
         torch.hub.download_url_to_file(spec.url, str(partial))
         _read_state(partial)  # a connection that broke off leaves a torn file and no error
         os.replace(partial, path)
+        _recorded(path).write_text(_sha256(path))  # nobody publishes one: the first is kept
     except Exception as error:
         raise _download_error(spec, error) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _recorded(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download_error(spec: BackboneSpec, error: Exception) -> ConnectionError:
@@ -176,7 +189,7 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is truncated or not a weights file: fetch or save it "
                          "again") from error
     if isinstance(state, dict) and "teacher" in state:
-        state = state["teacher"]
+        state = state["teacher"]  # type: ignore[assignment]
     if not isinstance(state, dict) or not state or not all(
             isinstance(key, str) and torch.is_tensor(value) for key, value in state.items()):
         raise ValueError(f"{path} holds no state dict: pass a bare state dict, a DINO checkpoint "

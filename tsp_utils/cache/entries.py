@@ -132,7 +132,8 @@ class _entry(contextlib.AbstractContextManager):
     def __init__(self, folder: str, label: str, inputs, functions):
         description = {"inputs": plain(inputs), "code": code_of(*functions)}
         self.description = json.dumps(description, sort_keys=True)
-        self.path = cache_dir() / folder / f"{file_name(label)}_{key_of_description(description)}.npz"
+        name = f"{file_name(label)}_{key_of_description(description)}.npz"
+        self.path = cache_dir() / folder / name
 
     def __enter__(self):
         _name_old_files(cache_dir())
@@ -197,9 +198,11 @@ def locked(path: Path):
             logger.warning("Another process makes %s; waiting for it.", path.name)
             lock.acquire()
     except OSError:
-        lock = contextlib.nullcontext()
-    with lock:
+        pass
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def made_with() -> str:

@@ -101,7 +101,7 @@ def code_called_by(source: str) -> str:
                         if item.name.partition(".")[0] == PACKAGE}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
             for item in node.names:
-                value = _attribute(importlib.import_module(node.module), item.name)
+                value = _attribute(importlib.import_module(node.module or PACKAGE), item.name)
                 if isinstance(value, types.ModuleType):
                     aliases[item.asname or item.name] = value.__name__
                 else:
@@ -250,7 +250,7 @@ def _uses(function, trees) -> tuple[set, dict]:
     used |= {f"default {i}": item for i, item in enumerate(defaults) if not _is_plain(item)}
     for node in (node for tree in trees for node in ast.walk(tree)):  # imported where it is used
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
-            module = importlib.import_module(node.module)
+            module = importlib.import_module(node.module or PACKAGE)
             used |= {item.name: value for item in node.names
                      if (value := _attribute(module, item.name)) is not None}
     return names, used

@@ -46,7 +46,7 @@ def rows(folder: Path, label: str, inputs, functions, digests: list[bytes], make
 
 def _first_positions(digests, index) -> list[int]:
     """Where each digest that is not in the index comes first."""
-    first = {}
+    first: dict[bytes, int] = {}
     for i, digest in enumerate(digests):
         if digest not in index:
             first.setdefault(digest, i)
@@ -67,18 +67,18 @@ class _Rows:
         self.data, self.sums, self.about = (
             folder / f"{name}.{kind}" for kind in ("f32", "sums", "json"))
         self.dim = self._known_dim()
-        if self.dim is None and self.sums.exists():
+        if not self.dim and self.sums.exists():
             logger.warning("%s does not match its description and is made again.", self.data)
             for path in (self.sums, self.data):
                 with contextlib.suppress(OSError):
                     path.unlink()
 
-    def _known_dim(self) -> int | None:
-        """D as the description says; None where there is none, or one of something else."""
+    def _known_dim(self) -> int:
+        """D as the description says; 0 where there is none, or one of something else."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             known = json.loads(self.about.read_text())
-            return known["dim"] if known["description"] == self.description else None
-        return None
+            return known["dim"] if known["description"] == self.description else 0
+        return 0
 
     def index(self) -> dict[bytes, tuple[int, int]]:
         """digest -> (row, sum) of every whole row."""
@@ -86,19 +86,19 @@ class _Rows:
         try:
             records = self.sums.read_bytes()
             n = min(len(records) // self.RECORD, self.data.stat().st_size // (4 * self.dim))
-        except (OSError, TypeError):
+        except (OSError, ZeroDivisionError):  # no file, or no width known yet
             return {}
         cut = [records[i : i + self.RECORD] for i in range(0, n * self.RECORD, self.RECORD)]
         return {record[:16]: (row, int.from_bytes(record[16:], "little"))
                 for row, record in enumerate(cut)}
 
     def append(self, digests: list[bytes], block: np.ndarray) -> None:
-        if self.dim not in (None, block.shape[1]):
+        if self.dim not in (0, block.shape[1]):
             raise ValueError(f"{self.data.stem} holds vectors of {self.dim} numbers and these have "
                              f"{block.shape[1]}: pass images of one size")
         block = np.ascontiguousarray(block, np.float32)
         with writable(self.data.parent):
-            if self.dim is None:
+            if not self.dim:
                 self.dim = block.shape[1]
                 write_json(self.about, {"description": self.description, "dim": self.dim,
                                         "made_with": json.loads(made_with())}, indent=1)

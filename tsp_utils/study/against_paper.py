@@ -29,7 +29,7 @@ def table_1(study) -> pd.DataFrame:
     Raises FileNotFoundError where a pair has no record of this study's settings, ValueError where
     it only has one of other library sources; both name the pairs.
     """
-    newest, stale, code = {}, set(), code_of_heads()
+    newest, stale, code = {}, set(), code_of_heads(study)
     for path in sorted((study.run_dir / "records").glob("*.json")):
         record = json.loads(path.read_text())
         settings = record["settings"]

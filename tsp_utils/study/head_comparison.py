@@ -69,8 +69,7 @@ class FeaturesToCluster:
         needed = ("scaling", "n_neighbors", "metric", "min_steps", "batch_size")
         inputs = {name: getattr(self.study, name) for name in needed} | settings | {
             "method": method, "n_clusters": self.fit.n_clusters, "fit": self.fit.fingerprint}
-        code = [train_rival, RIVALS[method].loss, RIVALS[method].heads] if method in RIVALS else [
-            _spherical]
+        code = [train_rival, *RIVALS[method].code] if method in RIVALS else [_spherical]
         return cache.seeds("compared", f"{self.fit.dataset}_{self.fit.backbone}_{method}", inputs,
                            [*code, Scaler.fit, Scaler.transform], seeds, make)[0]
 

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.names import unknown
+from tsp_utils.neighbors import WEIGHTINGS
 from tsp_utils.paths import runs_dir, write_whole
 from tsp_utils.study.claims import claim_of
 from tsp_utils.study.feature_sets import (
@@ -43,6 +44,7 @@ CountOrZero = Annotated[int, Field(ge=0, description="a whole number of at least
 Number = Annotated[float, BeforeValidator(lambda x: float(x) if isinstance(x, str) else x)]
 Rate = Annotated[Number, Field(gt=0, description="a number above 0")]
 Weight = Annotated[Number, Field(ge=0, description="a number of at least 0")]
+Weighting = Literal[tuple(WEIGHTINGS)]
 WeightOrNone = Annotated[Number | None, Field(ge=0, description="a number of at least 0 or null")]
 
 
@@ -68,7 +70,7 @@ class Settings:
     learning_rate: Rate = 1e-4  # Adam, Sec. 4.2
     init: Literal["k-means", "random"] = "k-means"  # of the head (Appendix A), or random
     row_norm: WeightOrNone = None  # of its rows at the start; None: Appendix A's 1 / sqrt(D)
-    weighting: Literal["gaussian", "uniform"] = "gaussian"  # of the neighbours (Eq. 4), or uniform
+    weighting: Weighting = "gaussian"  # of the neighbours (Eq. 4), or uniform
     n_hidden: CountOrNone = None  # units of a hidden layer in the head; None: no such layer
     n_fit: CountOrNone = None  # so many of the fitted images, drawn once (C8 to C12); None: all
     kmeans_only: AnyNames = ()  # backbones without heads in Table 1, as the paper's pixels

@@ -21,7 +21,7 @@ from tsp_utils.heads import (
     warn_of_collapse,
 )
 from tsp_utils.metrics import clustering_metrics
-from tsp_utils.neighbors import nearest_neighbors
+from tsp_utils.neighbors import WEIGHTINGS, nearest_neighbors
 from tsp_utils.study.feature_sets import FeatureSet
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def run_heads(study, fit: FeatureSet, score: FeatureSet) -> HeadRuns:
     centers, scaler = fit_kmeans(study, fit)
     arrays, n_read = cache.seeds(
         "heads", f"{fit.dataset}_{fit.backbone}", _inputs(settings, HEAD_SETTINGS),
-        CODE, study.seeds,
+        code_of_training(study), study.seeds,
         lambda seeds: fit_heads(study, fit, scaler, centers[list(seeds)], seeds))
     curves = {name.removeprefix("curve_"): arrays[name].T for name in arrays if "curve_" in name}
     if n_read:  # a collapse is said again, whenever its heads are used
@@ -102,9 +102,8 @@ def fit_heads(study, fit: FeatureSet, scaler: Scaler, centers: np.ndarray, seeds
     start, scaled = time.perf_counter(), scaler.transform(fit.features)
     heads = new_heads(study, fit, scaler, centers, seeds)
     neighbors = nearest_neighbors(scaled, study.n_neighbors, study.metric)
-    uniform = np.full(neighbors.indices.shape, 1 / study.n_neighbors, np.float32)
     history = train_heads(
-        heads, scaled, neighbors, weights=uniform if study.weighting == "uniform" else None,
+        heads, scaled, neighbors, weights=WEIGHTINGS[study.weighting](neighbors),
         entropy_weight=study.entropy_weight, max_epochs=study.max_epochs,
         min_steps=study.min_steps, batch_size=study.batch_size,
         learning_rate=study.learning_rate, device=find_device())
@@ -120,8 +119,9 @@ def new_heads(study, fit: FeatureSet, scaler: Scaler, centers: np.ndarray, seeds
     return init_heads(fit.features, fit.n_clusters, seeds, study.init, study.row_norm, centers)
 
 
-# What trains a head: its code is a part of the key.
-CODE = [fit_heads, Scaler.fit, Scaler.transform]
+def code_of_training(study) -> list:
+    """What trains a head of these settings: its code is a part of the key."""
+    return [fit_heads, WEIGHTINGS[study.weighting], Scaler.fit, Scaler.transform]
 
 
 def run_kmeans(study, fit: FeatureSet, score: FeatureSet) -> pd.DataFrame:
@@ -157,9 +157,9 @@ def _inputs(settings: dict, names) -> dict:
     return {name: settings[name] for name in (*names, "fit", "n_clusters")}  # no labels
 
 
-def code_of_heads() -> str:
+def code_of_heads(study) -> str:
     """The key of the code that trains and scores: records of another one are not mixed in."""
-    return cache.code_of(*CODE, score_clusters)
+    return cache.code_of(*code_of_training(study), score_clusters)
 
 
 def score_clusters(study, fit: FeatureSet, score: FeatureSet, methods: dict,
@@ -180,7 +180,7 @@ def _leave_record(study, run: HeadRuns, table: pd.DataFrame, made_with: list[str
 
     Usually one entry of made_with; more where seeds were added later, with other versions.
     """
-    settings, code = run.settings, code_of_heads()
+    settings, code = run.settings, code_of_heads(study)
     record = {
         "settings": settings, "code": code, "seconds": round(run.seconds, 2),
         "made_with": [json.loads(text) for text in dict.fromkeys(made_with)],

@@ -15,7 +15,7 @@ from tsp_utils.backbones import Backbone
 from tsp_utils.features import extract_features
 from tsp_utils.heads import LinearHeads, draw_batches
 from tsp_utils.losses import tsp_loss
-from tsp_utils.neighbors import nearest_neighbors, neighbor_weights
+from tsp_utils.neighbors import WEIGHTINGS, nearest_neighbors
 
 TRAINED = ("nothing", "last block", "backbone")
 
@@ -46,15 +46,15 @@ def eq5(head, x, neighbor_x, view_x, progress, entropy_weight: float = 3.0):
 def train_together(network, head: LinearHeads, inputs, *, loss: Callable = eq5, views=None,
                    scale: float = 1.0, learning_rate: float = 1e-5,
                    head_learning_rate: float = 1e-4, n_epochs: int = 3, batch_size: int = 256,
-                   n_neighbors: int = 20, metric: str = "cosine", weighted: bool = True,
+                   n_neighbors: int = 20, metric: str = "cosine", weighting: str = "gaussian",
                    refresh: bool = True, callback=None) -> None:
     """Train a head of one seed and what of a network learns on one loss, in place.
 
     network: gives `features(inputs)` float32 [N, D] of all inputs, and called with (inputs, rows)
     those of some, as a tensor with gradients; scale: the scalar by which the head's features were
     multiplied. loss(head, x, neighbours' x, views' x or None, share done) of [1, B, D] each; views
-    [N, V, ...] of the inputs, of which one is drawn. Neighbours are drawn by Eq. 4, or uniformly
-    where not weighted; refresh searches them again before each epoch, in the space as it has
+    [N, V, ...] of the inputs, of which one is drawn. Neighbours are drawn as `WEIGHTINGS`
+    says; refresh searches them again before each epoch, in the space as it has
     become. callback(epoch, network, head) before the first epoch with 0, and after each.
     """
     if len(head.seeds) != 1:
@@ -75,8 +75,7 @@ def train_together(network, head: LinearHeads, inputs, *, loss: Callable = eq5, 
         if epoch == 0 or (refresh and learned):
             found = nearest_neighbors(network.features(inputs) * np.float32(scale), n_neighbors,
                                       metric)
-            weights = neighbor_weights(found) if weighted else np.full(
-                found.indices.shape, 1 / n_neighbors, np.float32)
+            weights = WEIGHTINGS[weighting](found)
         batches = draw_batches(found, weights, [rng], batch_size, n_steps)
         for step, pairs in enumerate(batches, epoch * n_steps):
             rows = pairs[0].numpy()  # [2, B]

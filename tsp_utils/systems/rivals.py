@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from tsp_utils.heads import LinearHeads, draw_batches, init_heads
 from tsp_utils.k_means import kmeans
 from tsp_utils.names import unknown
-from tsp_utils.neighbors import Neighbors, neighbor_weights
+from tsp_utils.neighbors import WEIGHTINGS, Neighbors
 from tsp_utils.systems import other_losses as losses
 from tsp_utils.systems.icbpl import ICBPLHeads
 from tsp_utils.systems.other_losses import SECU_TEMPERATURE
@@ -73,7 +73,12 @@ class Rival:
 
     loss: Callable
     heads: Callable = _linear
-    draw: str = "uniform"  # among the K nearest, or "gaussian": Eq. 4
+    draw: str = "uniform"  # of `WEIGHTINGS`: among the K nearest, or Eq. 4
+
+    @property
+    def code(self) -> list[Callable]:
+        """What a result of it depends on, for the cache: a registry is not followed."""
+        return [self.loss, self.heads, WEIGHTINGS[self.draw]]
 
 
 RIVALS = {
@@ -115,8 +120,7 @@ def train_rival(method: str, features: np.ndarray, neighbors: Neighbors, centers
     heads = rival.heads(features, n_clusters, seeds, centers, **options).to(device)
     for parameter in heads.parameters():
         parameter.data *= sharpness
-    weights = (neighbor_weights(neighbors) if rival.draw == "gaussian"
-               else np.ones(neighbors.indices.shape, np.float32))
+    weights = WEIGHTINGS[rival.draw](neighbors)
     batches = draw_batches(neighbors, weights / weights.sum(1, keepdims=True),
                            [np.random.default_rng([seed, 2]) for seed in seeds], batch_size,
                            n_steps, device)
