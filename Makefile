@@ -12,7 +12,7 @@ VENV_STAMP := .venv/.complete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cpu reproduce pretrain-paper test test-quick notebooks refresh figures bench clean
+.PHONY: help setup setup-cpu reproduce pretrain-paper test test-quick notebooks refresh figures api bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,8 +35,9 @@ setup-cpu:  ## the same without CUDA, 1.5 GB and not 6.5: needs uv and a network
 reproduce: $(VENV_STAMP)  ## run every notebook: PROFILE=offline|small|paper, SET="key=value ...", FORCE=1, JOBS=1
 	@$(PYTHON) -m tsp_utils reproduce --profile "$(PROFILE)" $(if $(SET),--set $(SET)) $(if $(FORCE),--force) $(if $(JOBS),--jobs $(JOBS))
 
-test: $(VENV_STAMP)  ## lint, unit tests, and nbval over the committed notebooks (08 reads the others' evidence)
+test: $(VENV_STAMP)  ## lint, types, unit tests, and nbval over the committed notebooks (08 reads the others' evidence)
 	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 	@$(PYTHON) -m pytest notebooks --nbval-lax --nbval-cell-timeout=1800 --ignore-glob='*/08_*' -n 2 --dist loadfile
 	@$(PYTHON) -m pytest notebooks/08_* --nbval-lax --nbval-cell-timeout=1800
@@ -56,6 +57,9 @@ figures: $(VENV_STAMP)  ## copy the figures and tables of a finished run into fi
 
 pretrain-paper: $(VENV_STAMP)  ## pretrain the 224-px arms that the paper's Figs 4b, 6 and 7a need (one GPU)
 	@for arm in $(PRETRAIN_ARMS); do $(PYTHON) -m experiments pretrain $$arm || exit 1; done
+
+api: $(VENV_STAMP)  ## write docs/api.md from the docstrings
+	@$(PYTHON) docs/make_api.py
 
 bench: $(VENV_STAMP)  ## measure speed and memory, print the README's benchmark table
 	@$(PYTHON) -m benchmarks.bench

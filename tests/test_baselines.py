@@ -7,8 +7,8 @@ import pytest
 from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
 
-from tsp_utils.heads import scale_features
 from tsp_utils.metrics import clustering_metrics
+from tsp_utils.scaling import scale_features
 from tsp_utils.study.baselines import KMEANS, MIXTURE, REDUCED, SPECTRAL, run_baseline
 from tsp_utils.study.feature_sets import FeatureSet
 from tsp_utils.study.profile import load_study

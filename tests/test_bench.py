@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks import bench
-from tsp_utils.heads import scale_features
 from tsp_utils.losses import tsp_loss
 from tsp_utils.neighbors import nearest_neighbors
+from tsp_utils.scaling import scale_features
 
 
 @pytest.mark.filterwarnings("ignore:Collapse")  # a few steps on a few hundred samples

@@ -8,8 +8,8 @@ import pytest
 from tsp_utils.backbones import load_backbone
 from tsp_utils.cache import keys
 from tsp_utils.features import _feature_batches, code_that_sees
-from tsp_utils.heads import Scaler
 from tsp_utils.k_means import kmeans
+from tsp_utils.scaling import Scaler
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.training import code_of_training
 

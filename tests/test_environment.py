@@ -1,5 +1,6 @@
 """The set-up: one list of packages, said in four places."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+import tsp_utils
 
 ROOT = Path(__file__).resolve().parent.parent
 CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch", "matplotlib-base": "matplotlib"}
@@ -49,3 +52,12 @@ def test_lock_is_solved_for_three_systems():
 def test_importing_the_package_loads_no_torch():
     code = "import tsp_utils, sys; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_api_page_is_of_these_docstrings_and_every_name_has_one():
+    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert made.PAGE.read_text(encoding="utf-8") == made.page(), "run make api"
+    assert not [name for name in tsp_utils.__all__ if callable(getattr(tsp_utils, name))
+                and not getattr(tsp_utils, name).__doc__]

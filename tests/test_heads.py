@@ -11,8 +11,9 @@ from sklearn.datasets import make_blobs
 
 from tsp_utils import clustering_metrics, init_heads, kmeans, nearest_neighbors, neighbor_weights
 from tsp_utils import train_heads as train
-from tsp_utils.heads import MLPHeads, Scaler, best_head, scale_features
+from tsp_utils.heads import MLPHeads, best_head
 from tsp_utils.neighbors import Neighbors
+from tsp_utils.scaling import Scaler, scale_features
 
 BLOBS, LABELS = make_blobs(600, 16, centers=5, cluster_std=3.0, random_state=0)
 FEATURES = scale_features(BLOBS)
@@ -113,26 +114,6 @@ def test_a_head_whose_loss_is_no_number_is_never_the_best():
 def test_settings_that_cannot_train_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         train_heads(init_heads(FEATURES, 5, seeds=[0]), **settings)
-
-
-def test_k_means_of_torch_is_scikit_learns_from_the_same_start():
-    """What runs on a GPU, here on the CPU."""
-    from tsp_utils.heads import _kmeans_on, _lloyd
-
-    rng = np.random.default_rng(0)
-    start = FEATURES[rng.choice(600, 5, replace=False)]
-    theirs = KMeans(5, init=start, n_init=1).fit(FEATURES)
-    centers, clusters, inertia = _lloyd(torch.from_numpy(FEATURES), torch.from_numpy(start), 0.0)
-    np.testing.assert_allclose(centers, theirs.cluster_centers_, rtol=1e-3, atol=1e-4)
-    assert (clusters == theirs.labels_).mean() > 0.99
-    assert inertia == pytest.approx(theirs.inertia_, rel=1e-4)
-    far = start.copy()
-    far[0] = 100  # nobody's nearest centre: it takes a far sample and ends with some
-    _, clusters, _ = _lloyd(torch.from_numpy(FEATURES), torch.from_numpy(far), 0.0)
-    assert len(np.unique(clusters)) == 5
-    runs = _kmeans_on("cpu", FEATURES, 5, [0, 1], n_init=10)
-    best = KMeans(5, n_init=10, random_state=0).fit(FEATURES).inertia_
-    assert runs.inertia.min() == pytest.approx(best, rel=1e-2) and runs.centers.shape == (2, 5, 16)
 
 
 def test_k_means_start_is_appendix_a():

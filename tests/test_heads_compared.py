@@ -10,8 +10,8 @@ from sklearn.metrics import adjusted_rand_score
 
 from experiments.heads import code_of_the_comparison
 from tsp_utils import load_study
-from tsp_utils.heads import scale_features
 from tsp_utils.paths import shipped_records
+from tsp_utils.scaling import scale_features
 from tsp_utils.study.head_comparison import (
     ABLATIONS,
     METHODS,

@@ -7,7 +7,7 @@ from sklearn.datasets import make_blobs
 from sklearn.metrics.pairwise import rbf_kernel
 
 from tsp_utils import kmeans
-from tsp_utils.heads import scale_features
+from tsp_utils.scaling import scale_features
 from tsp_utils.systems.icbpl import ICBPLHeads, mmd2, simplex_centers
 
 BLOBS, LABELS = make_blobs(300, 16, centers=5, cluster_std=3.0, random_state=0)

@@ -8,7 +8,7 @@ from sklearn.datasets import make_blobs
 from sklearn.metrics import mutual_info_score
 
 from tsp_utils import clustering_metrics, init_heads, kmeans, nearest_neighbors, train_heads
-from tsp_utils.heads import scale_features
+from tsp_utils.scaling import scale_features
 from tsp_utils.systems.rivals import RIVALS, CosineHeads, DECHeads, Step, train_rival
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,6 +10,7 @@ _HOME = {
     "datasets": ["DATASETS", "ImageDataset", "load_dataset"],
     "backbones": ["BACKBONES", "Backbone", "load_backbone"],
     "features": ["cached_features", "extract_features"],
+    "scaling": ["Scaler", "scale_features"],
     "patch_kmeans": ["PatchKMeans"],
     "pretraining.dictionary": ["learn_patch_kmeans"],
     "neighbors": [
@@ -18,7 +19,7 @@ _HOME = {
     ],
     "losses": ["tsp_loss"],
     "k_means": ["kmeans"],
-    "heads": ["LinearHeads", "Scaler", "scale_features", "init_heads", "train_heads"],
+    "heads": ["LinearHeads", "init_heads", "train_heads"],
     "estimator": ["TSPClustering"],
     "metrics": ["clustering_metrics", "confusion", "match_clusters"],
     "study.claims": ["CLAIMS", "ICBPL_CLAIMS", "RULES", "claim_of"],

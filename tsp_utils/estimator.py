@@ -4,7 +4,6 @@ import warnings
 from numbers import Integral, Real
 
 import numpy as np
-import torch
 from scipy.special import softmax
 from sklearn.base import (
     BaseEstimator,
@@ -15,15 +14,10 @@ from sklearn.base import (
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from tsp_utils.heads import (
-    Scaler,
-    best_head,
-    check_training,
-    init_heads,
-    train_heads,
-    warn_of_collapse,
-)
+from tsp_utils.devices import find_device
+from tsp_utils.heads import best_head, check_training, init_heads, train_heads, warn_of_collapse
 from tsp_utils.neighbors import nearest_neighbors
+from tsp_utils.scaling import Scaler
 
 
 class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
@@ -94,7 +88,7 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                          [seeds[kept]], self.n_clusters, self.entropy_weight)
         return self
 
-    def _checked_settings(self) -> torch.device:
+    def _checked_settings(self) -> str:
         """Raise ValueError for settings that cannot train; the device to train on."""
         for name, least in (("n_clusters", 1), ("n_neighbors", 1), ("n_init", 1),
                             ("batch_size", 1), ("max_epochs", 0), ("min_steps", 0)):
@@ -106,16 +100,7 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 raise ValueError(f"{name} is {value!r}; pass a number.")
         check_training(self.entropy_weight, self.max_epochs, self.min_steps, self.batch_size,
                        self.learning_rate)
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f"device is {self.device!r}; pass auto, cpu or cuda.") from None
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"device is {self.device!r}, and torch finds "
-                             f"{torch.cuda.device_count()} GPUs here; pass auto or cpu.")
-        return device
+        return find_device(self.device)
 
     def _usable_neighbors(self, n_samples: int) -> int:
         if self.n_neighbors < n_samples:

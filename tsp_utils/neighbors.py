@@ -7,6 +7,8 @@ import faiss
 import numpy as np
 from scipy.spatial.distance import cdist
 
+from tsp_utils.scaling import check_finite
+
 METRICS = ("cosine", "euclidean", "inner")
 SAFE = 1e-12, 1e12  # largest entries whose squares add up well within float32
 BLURRED = 1e-3  # of the squares: differences of which float32 keeps less than four digits
@@ -126,18 +128,6 @@ def knn_accuracy(train_features, train_labels, test_features=None, test_labels=N
     for j in range(k):
         np.add.at(votes, (rows, train_class[found[:, j]]), np.exp(cosines[:, j] / temperature))
     return float((classes[votes.argmax(1)] == query_labels).mean())
-
-
-def check_finite(features: np.ndarray) -> None:
-    """Raise ValueError naming the first row with a NaN or an infinity."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        finite = np.isfinite(features.sum(1, dtype=np.float64))  # one pass, no [N, D] mask
-    for row in np.flatnonzero(~finite):  # a sum of finite numbers may overflow, too
-        finite[row] = np.isfinite(features[row]).all()
-    if not finite.all():
-        raise ValueError(f"{(~finite).sum()} of {len(features)} feature vectors hold NaN or "
-                         f"infinite values, the first in row {int((~finite).argmax())}; remove "
-                         f"these rows or extract them again in float32.")
 
 
 def _checked(features, metric: str) -> np.ndarray:

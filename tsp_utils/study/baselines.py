@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 
 from tsp_utils import cache
-from tsp_utils.heads import Scaler, scale_features
+from tsp_utils.scaling import Scaler, scale_features
 from tsp_utils.study.feature_sets import FeatureSet
 from tsp_utils.study.training import score_clusters
 

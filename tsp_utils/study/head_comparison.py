@@ -18,10 +18,11 @@ from sklearn.preprocessing import StandardScaler
 
 from tsp_utils import cache
 from tsp_utils.devices import find_device
-from tsp_utils.heads import Scaler, best_head
+from tsp_utils.heads import best_head
 from tsp_utils.metrics import clustering_metrics, match_clusters
 from tsp_utils.names import unknown
 from tsp_utils.neighbors import nearest_neighbors
+from tsp_utils.scaling import Scaler
 from tsp_utils.study.baselines import KMEANS, MIXTURE, SPECTRAL, run_baseline
 from tsp_utils.study.decisions import bootstrap_interval
 from tsp_utils.study.feature_sets import FeatureSet

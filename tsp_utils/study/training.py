@@ -13,7 +13,6 @@ from tsp_utils.devices import find_device
 from tsp_utils.heads import (
     LinearHeads,
     MLPHeads,
-    Scaler,
     best_head,
     init_heads,
     kmeans,
@@ -22,6 +21,7 @@ from tsp_utils.heads import (
 )
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.neighbors import WEIGHTINGS, nearest_neighbors
+from tsp_utils.scaling import Scaler
 from tsp_utils.study.feature_sets import FeatureSet
 
 logger = logging.getLogger(__name__)
@@ -138,8 +138,8 @@ def fit_kmeans(study, fit: FeatureSet) -> tuple[np.ndarray, Scaler]:
         "kmeans", f"{fit.dataset}_{fit.backbone}",
         _inputs(settings_of(study, fit), KMEANS_SETTINGS),
         [kmeans, Scaler.fit, Scaler.transform], study.seeds,
-        lambda seeds: {"centers": kmeans(scaler.transform(fit.features), fit.n_clusters, seeds,
-                                         device=find_device()).centers})
+        lambda seeds: {"centers": kmeans(scaler.transform(fit.features), fit.n_clusters,
+                                         seeds).centers})
     return arrays["centers"], scaler
 
 
