@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,11 @@ def test_first_cell_says_what_it_is_and_what_it_takes(path):
 
 @each
 def test_code_cells_are_short(path):
-    long = [source_of(cell) for cell in cells_of(path, "code")
-            if len(source_of(cell).strip().splitlines()) > 25]
-    assert long == []
+    """3 to 8 lines, 20 at most: one question, one cell."""
+    cells = [source_of(cell).strip().splitlines() for cell in cells_of(path, "code")]
+    lengths = [len(lines) for lines in cells]
+    assert statistics.median(lengths) <= 8 and max(lengths) <= 20
+    assert [line for lines in cells for line in lines if len(line) > 100] == []
 
 
 @each
