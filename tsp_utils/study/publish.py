@@ -16,8 +16,8 @@ def refresh(profile: str = "offline") -> list[Path]:
     Timing metadata and papermill's own cell are left out, so that a diff shows what changed.
     Raises FileNotFoundError where a notebook of this text has not been run.
     """
-    run_dir, paths = load_study(profile).run_dir, notebook_paths()
-    for path in paths:
+    run_dir, texts = load_study(profile).run_dir, {}
+    for path in notebook_paths():
         notebook = json.loads(path.read_text(encoding="utf-8"))
         executed = run_dir / path.name
         ran = json.loads(executed.read_text(encoding="utf-8")) if executed.exists() else {}
@@ -33,9 +33,10 @@ def refresh(profile: str = "offline") -> list[Path]:
             for output in cell["outputs"]:
                 if "execution_count" in output:
                     output["execution_count"] = count
-        text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+        texts[path] = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    for path, text in texts.items():  # all of them, or none
         write_whole(path, lambda file, text=text: file.write(text.encode()))
-    return paths
+    return list(texts)
 
 
 def _without_progress(outputs: list) -> list:
