@@ -1,1 +1,1 @@
-"""The study of the paper: profiles, runs, claims and their ledger, the longer experiments."""
+"""The study of the paper: profiles, training of all seeds, claims, their ledger, the runner."""

@@ -138,8 +138,8 @@ def fit_kmeans(study, fit: FeatureSet) -> tuple[np.ndarray, Scaler]:
         "kmeans", f"{fit.dataset}_{fit.backbone}",
         _inputs(settings_of(study, fit), KMEANS_SETTINGS),
         [kmeans, Scaler.fit, Scaler.transform], study.seeds,
-        lambda seeds: {"centers": kmeans(scaler.transform(fit.features), fit.n_clusters,
-                                         seeds).centers})
+        lambda seeds: {"centers": kmeans(scaler.transform(fit.features), fit.n_clusters, seeds,
+                                         device=find_device()).centers})
     return arrays["centers"], scaler
 
 
