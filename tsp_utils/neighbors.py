@@ -1,4 +1,4 @@
-"""Nearest neighbours in the latent space: exact search, Eq. 4's weights, label consistency."""
+"""Nearest neighbours: exact search, how likely each is drawn (Eq. 4, others), label consistency."""
 
 from dataclasses import dataclass
 from numbers import Integral

@@ -1,4 +1,4 @@
-"""Figures: one style, one palette; every plot_* draws into the axes it is given."""
+"""Figures: one style, a colour for each backbone; every plot_* draws into the axes it is given."""
 
 import matplotlib.pyplot as plt
 import numpy as np

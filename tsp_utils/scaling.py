@@ -1,4 +1,4 @@
-"""Features brought to one size: what K-means, neighbours and heads receive."""
+"""Features normalised by one scalar, as K-means, neighbours and heads receive them."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""One cache for all that is kept: features, K-means, heads, other clusterers, records of an hour.
+"""Entries of the cache: arrays, records and what functions returned, each a file under its key.
 
 A file is named by its key (`keys`): content of the inputs, settings, code that is called. Versions
 of libraries stand in it and are not in its key. It is written whole or not at all, by one process

@@ -1,4 +1,4 @@
-"""Rows by content: a vector for each image, whatever set it comes in; features are kept so."""
+"""Features as the cache keeps them: float32 vectors by the content of their image, in any set."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The page about a clustered folder: one self-contained HTML file."""
+"""The page about a clustered folder, one HTML file: which images it shows, and how."""
 
 import base64
 import io

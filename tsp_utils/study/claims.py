@@ -1,4 +1,4 @@
-"""The paper's claims as objects: margin, the rule that combines a claim's cells, name in figures.
+"""The paper's claims (C0 to C12, D1 to D3): margin, how its measurements are combined, name.
 
 `docs/rules.md` in full. Another claim is a row here, and a notebook that leaves its evidence.
 """

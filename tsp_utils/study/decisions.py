@@ -1,4 +1,4 @@
-"""How a claim is decided: intervals, tests and verdicts on paired differences; `docs/rules.md`."""
+"""Verdicts on paired differences: intervals, tests, when a claim holds; `docs/rules.md`."""
 
 import warnings
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Features with their labels, as lessons and records use them: extracted, or bundled as vectors."""
+"""Features with their labels, as notebooks and records use them: extracted, or bundled vectors."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The other systems as rivals: each one's loss and head, trained on the same frozen features."""
+"""The other systems as rivals of TSP: which loss trains which head, and the training of all."""
 
 import math
 from collections.abc import Callable
