@@ -16,6 +16,8 @@ EXPERIMENTS = {
     "finetune": ("finetuning", "run_finetuning", "the fine-tuning of claim C7 (an hour)"),
     "finetune-map": ("finetuning_map", "run_finetuning_map",
                      "the fine-tuning map of claim D1 (an hour)"),
+    "parity": ("official_parity", "official_features",
+               "features of the paper's networks by the official code, from seeded weights"),
     "heads": ("heads", "run_heads_compared", "every head, ten seeds (an hour)"),
 }
 
@@ -31,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     makers["learn-patches"].add_argument("--out", default=None,
                                          help="file to write; default: the bundled one")
     makers["learn-patches"].add_argument("--seed", type=int, default=0)
+    makers["parity"].add_argument("dino", help="folder of a clone of facebookresearch/dino")
     return top
 
 
