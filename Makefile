@@ -12,7 +12,7 @@ VENV_STAMP := .venv/.complete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cpu reproduce pretrain-paper test test-quick notebooks refresh figures api bench clean
+.PHONY: help setup setup-cpu reproduce paper-mini pretrain-paper test test-quick notebooks refresh figures api bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ refresh: reproduce  ## run the notebooks and put their outputs into notebooks/
 
 figures: $(VENV_STAMP)  ## copy the figures and tables of a finished run into figures/
 	@$(PYTHON) -m tsp_utils figures --profile $(PROFILE)
+
+paper-mini: $(VENV_STAMP)  ## the paper's central row by stages: downloads 255 MB, an hour of a laptop's CPU
+	@$(PYTHON) -m tsp_utils paper-mini $(if $(SET),--set $(SET)) $(if $(GO_ON),--go-on)
 
 pretrain-paper: $(VENV_STAMP)  ## pretrain the 224-px arms that the paper's Figs 4b, 6 and 7a need (one GPU)
 	@for arm in $(PRETRAIN_ARMS); do $(PYTHON) -m experiments pretrain $$arm || exit 1; done

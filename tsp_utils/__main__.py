@@ -21,6 +21,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--force", action="store_true", help="run again what did not change")
     run.add_argument("--jobs", type=int, default=None, metavar="N",
                      help="notebooks side by side: by default 2, with a GPU 1")
+    row = commands.add_parser("paper-mini", help="the paper's central row, stage by stage")
+    row.set_defaults(do=central_row)
+    row.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides")
+    row.add_argument("--go-on", action="store_true", help="past a stage that departs")
     cluster = commands.add_parser("cluster", help="cluster a folder of images")
     cluster.set_defaults(do=cluster_images)
     cluster.add_argument("folder", help="images, nested or flat, of any size; it is not changed")
@@ -63,6 +67,19 @@ def run_notebooks(args) -> int:
     if args.profile == "paper":
         return report_against_paper(" ".join([args.profile, *args.overrides]))
     return 0
+
+
+def central_row(args) -> int:
+    """A paragraph a stage; 3 where one departs from the paper."""
+    from tsp_utils.study.paper_mini import paper_mini
+    departed = []
+    for gate in paper_mini(" ".join(args.overrides), args.go_on):
+        departed += [gate.stage] * (gate.passed is False)
+        verdict = {True: "pass", False: "DEPARTS", None: "for the record"}[gate.passed]
+        print(f"{gate.stage}: {verdict} ({gate.seconds:.0f} s)\n  expected  {gate.expected}\n"
+              f"  came      {gate.came}\n  means     {gate.means}", flush=True)
+    print("every stage: runs/paper-mini*/paper_mini.json")
+    return 3 if departed else 0
 
 
 def cluster_images(args) -> None:
