@@ -23,6 +23,7 @@ C9. Numbers as words (half, ten) are the author's to keep.
     python tests/readings.py --retype   # write the figures' numbers into the prose and the entries
 """
 
+import contextlib
 import csv
 import json
 import re
@@ -48,6 +49,15 @@ TERM = re.compile(r"(?:(?P<factor>-?\d+(?:\.\d+)?) x )?(?:(?P<stem>[\w/]+): )?"
 
 def source_of(cell: dict) -> str:
     return "".join(cell["source"])
+
+
+def cells_of(path: Path, kind: str | None = None) -> list[dict]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if kind in (None, cell["cell_type"])]
+
+
+def code_of(path: Path) -> str:
+    return "\n".join(source_of(cell) for cell in cells_of(path, "code"))
 
 
 def numbers_of(text: str) -> list[re.Match]:
@@ -85,22 +95,20 @@ def _look_up(term: re.Match, rows: list[dict[str, str]]) -> float:
     if not rows:
         raise ValueError("the table is empty")
     names = "|".join(map(re.escape, rows[0]))
-    conditions = [part.partition("=")[::2]
-                  for part in re.split(rf", (?=(?:{names})=)", term["where"]) if part]
-    for column, _ in [*conditions, (term["column"], "")]:
-        if column not in rows[0] and column != "all of the row":
-            raise ValueError(f"no column {column!r}")
+    conditions = dict(part.partition("=")[::2]
+                      for part in re.split(rf", (?=(?:{names})=)", term["where"]) if part)
+    for column in {*conditions, term["column"]} - {*rows[0], "all of the row"}:
+        raise ValueError(f"no column {column!r}")
     rows = [row for row in rows if all(any(_same(row[column], one) for one in wanted.split("|"))
-                                       for column, wanted in conditions)]
+                                       for column, wanted in conditions.items())]
     if not rows or (len(rows) > 1 and not term["pick"]):
         raise ValueError(f"{len(rows)} rows have {term['where']!r}")
     if term["column"] == "all of the row":
-        named = {column for column, _ in conditions}
-        return sum(float(value) for column, value in rows[0].items() if column not in named)
+        return sum(float(value) for column, value in rows[0].items() if column not in conditions)
     values = [float(row[term["column"]]) for row in rows if row[term["column"]]]
     if not values:
         raise ValueError("the place is empty")
-    return {"max": max, "min": min, None: max}[term["pick"]](values)
+    return min(values) if term["pick"] == "min" else max(values)
 
 
 def _same(stands: str, wanted: str) -> bool:
@@ -119,36 +127,43 @@ def agrees(typed: str, value: float, slack: float = 0.0) -> bool:
 
 def typed_like(old: str, value: float) -> str:
     """The value with the decimals, the sign and the commas of a typed number."""
-    digits = len(old.partition(".")[2])
-    value = round(value, digits) + 0.0  # no -0.0
-    plus = "+" if old[0] == "+" and value >= 0 else ""
-    comma = "," if "," in old else ""
-    return plus + f"{value:{comma}.{digits}f}".replace("-", "−" if "−" in old else "-")
+    plus, comma = "+" * (old[0] == "+"), "," * ("," in old)
+    form = f"z{comma}.{len(old.partition('.')[2])}f"  # z: no -0.0
+    return f"{value:{plus}{form}}".replace("-", "−" if "−" in old else "-")
+
+
+def _wrong(cell: dict, tables):
+    """(i, number, entry, its value or what is wrong with it) where these do not agree.
+
+    Raises ValueError where text and entries do not line up.
+    """
+    pairs, entries = [], cell["metadata"].get("numbers", [])
+    for number, entry in zip_longest(numbers_of(source_of(cell)), entries):
+        parts = ENTRY.fullmatch(entry or "")
+        if entry and not parts:
+            raise ValueError(f"the entry {entry!r} is neither TYPED = COLUMN [ROW] nor TYPED: "
+                             f"REASON")
+        if not (number and entry) or number[0] != parts["typed"]:
+            raise ValueError(f"the text has {number[0] if number else 'no more numbers'} where "
+                             f"the entries have {entry or 'no more'}")
+        pairs.append((number, parts))
+    for i, (number, entry) in enumerate(pairs):
+        if entry["what"]:
+            try:
+                found, slack = value_of(entry["what"], cell["metadata"].get("reading"), tables)
+            except ValueError as error:
+                found = error
+            if isinstance(found, ValueError) or not agrees(number[0], found, slack):
+                yield i, number, entry, found
 
 
 def problems_of(cell: dict, tables=table_of) -> list[str]:
     """What does not agree between a cell's text, its entries and the CSVs; empty when all does."""
-    stem, entries = cell["metadata"].get("reading"), cell["metadata"].get("numbers", [])
-    typed = [found[0] for found in numbers_of(source_of(cell))]
-    problems = []
-    for number, entry in zip_longest(typed, entries):
-        parts = ENTRY.fullmatch(entry or "")
-        if entry and not parts:
-            return [*problems, f"the entry {entry!r} is neither TYPED = COLUMN [ROW] nor TYPED: "
-                               f"REASON"]
-        if number is None or entry is None or number != parts["typed"]:
-            # From here on nothing lines up.
-            return [*problems, f"the text has {number or 'no more numbers'} where the entries have "
-                               f"{entry or 'no more'}"]
-        if parts["what"]:
-            try:
-                value, slack = value_of(parts["what"], stem, tables)
-            except ValueError as error:
-                problems.append(f"{entry}: {error}")
-                continue
-            if not agrees(number, value, slack):
-                problems.append(f"{entry}: it is {value:.6g}")
-    return problems
+    try:
+        return [f"{entry[0]}: {found if isinstance(found, ValueError) else f'it is {found:.6g}'}"
+                for _, _, entry, found in _wrong(cell, tables)]
+    except ValueError as error:
+        return [str(error)]
 
 
 def retype(cell: dict, tables=table_of) -> list[tuple[str, str]]:
@@ -157,29 +172,14 @@ def retype(cell: dict, tables=table_of) -> list[tuple[str, str]]:
     A number whose place is not there stays. Raises ValueError, the cell left as it is, where text
     and entries do not line up.
     """
-    text, entries = source_of(cell), list(cell["metadata"].get("numbers", []))
-    found = numbers_of(text)
-    parts = [ENTRY.fullmatch(entry) for entry in entries]
-    if not all(parts) or [n[0] for n in found] != [p["typed"] for p in parts]:
-        raise ValueError("text and entries do not line up")
-    changed, pieces, place = [], [], 0
-    for i, (number, part) in enumerate(zip(found, parts, strict=True)):
-        if not part["what"]:
-            continue
-        try:
-            value, slack = value_of(part["what"], cell["metadata"].get("reading"), tables)
-        except ValueError:
-            continue  # for problems_of to say
-        if agrees(number[0], value, slack):
-            continue
-        new = typed_like(number[0], value)
-        pieces += [text[place:number.start()], new]
-        place = number.end()
-        entries[i] = f"{new} = {part['what']}"
-        changed.append((number[0], entries[i]))
-    if changed:
-        cell["source"] = "".join([*pieces, text[place:]]).splitlines(keepends=True)
-        cell["metadata"]["numbers"] = entries
+    text, changed = source_of(cell), []
+    for i, number, entry, value in reversed(list(_wrong(cell, tables))):
+        if not isinstance(value, ValueError):
+            new = typed_like(number[0], value)
+            text = text[:number.start()] + new + text[number.end():]
+            cell["metadata"]["numbers"][i] = f"{new} = {entry['what']}"
+            changed.insert(0, (number[0], cell["metadata"]["numbers"][i]))
+    cell["source"] = text.splitlines(keepends=True)
     return changed
 
 
@@ -190,23 +190,18 @@ def main(arguments: list[str]) -> int:
     failed = False
     for path in PATHS:
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        touched = False
+        before = json.dumps(notebook)
         for i, cell in enumerate(notebook["cells"]):
-            if not {"reading", "numbers"} & set(cell["metadata"]):
-                continue
-            where = f"{path.stem}, cell {i} ({cell.get('id', 'no id')})"
-            if arguments:
-                try:
-                    changed = retype(cell)
-                except ValueError:
-                    changed = []
-                for old, new in changed:
-                    print(f"{where}: {old} -> {new}")
-                touched |= bool(changed)
-            for problem in problems_of(cell):
-                print(f"{where}: {problem}")
-                failed = True
-        if touched:
+            if {"reading", "numbers"} & set(cell["metadata"]):
+                where = f"{path.stem}, cell {i} ({cell.get('id', 'no id')})"
+                if arguments:
+                    with contextlib.suppress(ValueError):  # for problems_of to say
+                        for old, new in retype(cell):
+                            print(f"{where}: {old} -> {new}")
+                for problem in problems_of(cell):
+                    print(f"{where}: {problem}")
+                    failed = True
+        if json.dumps(notebook) != before:
             text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
             path.write_text(text, encoding="utf-8")
     return int(failed)

@@ -1,4 +1,4 @@
-"""The arms: fair by the rules, made by one command, resumed, read back as a backbone."""
+"""The arms: fair by the rules, made by one command, resumed, read back; and their read-outs."""
 
 import json
 import math
@@ -11,25 +11,19 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from sklearn.neighbors import NearestNeighbors
 from torch.utils.flop_counter import FlopCounterMode
 
 import experiments.arms as arms
-from experiments.arms import (
-    ARMS,
-    MINI,
-    NANO,
-    NANO_CPU,
-    RESNET_MINI,
-    RESNET_NANO,
-    RESNET_NANO_CPU,
-    Arm,
-    arm_images,
-    find_arm,
-    gflop_per_image,
-    pretrain_arm,
-)
+import experiments.dictionary_arms as dictionary_arms
+from experiments.arms import ARMS, Arm, arm_images, find_arm, gflop_per_image, pretrain_arm
+from experiments.dictionary_arms import DICTIONARY_ARMS, learn_dictionary_arms
+from tsp_utils.backbones import BackboneSpec
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.pretraining.dino import Dino, DinoRecipe, schedule
+from tsp_utils.study.feature_sets import FeatureSet
+from tsp_utils.study.frozen_evaluation import balanced_rows, read_out, small_pool_consistency
+from tsp_utils.weights import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,9 +40,11 @@ def images_of(name, split, *_, **__) -> ImageDataset:
 
 
 @pytest.fixture
-def small_world(monkeypatch):
+def small_world(monkeypatch, tmp_path):
     monkeypatch.setattr(arms, "load_dataset", images_of)
     monkeypatch.setitem(ARMS, "tiny", Arm(TINY, ("cifar10",), 320))
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")
 
 
 def cost(recipe: DinoRecipe) -> tuple[int, int]:
@@ -61,10 +57,10 @@ def cost(recipe: DinoRecipe) -> tuple[int, int]:
     return sum(p.numel() for p in network.parameters()), counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("vit", "resnet"), [(MINI, RESNET_MINI), (NANO, RESNET_NANO),
-                                             (NANO_CPU, RESNET_NANO_CPU)])
-def test_parity_of_vit_and_resnet(vit, resnet):
+@pytest.mark.parametrize("size", ["MINI", "NANO", "NANO_CPU"])
+def test_parity_of_vit_and_resnet(size):
     """The rules: parameters within 10 %, FLOPs within 25 %, and the recipe is the same."""
+    vit, resnet = getattr(arms, size), getattr(arms, f"RESNET_{size}")
     (vit_parameters, vit_flops), (parameters, flops) = cost(vit), cost(resnet)
     assert abs(parameters / vit_parameters - 1) < 0.10
     assert abs(flops / vit_flops - 1) < 0.25
@@ -95,21 +91,19 @@ def test_the_stem_keeps_the_resolution():
 
 
 def test_arms_of_a_size_see_the_same_number_of_images():
-    for size in ("vit_mini", "vit_nano_cpu"):
-        family = [arm for name, arm in ARMS.items()
-                  if name.startswith(size) and not name.endswith(("_short", "_epochs"))]
-        assert len(family) > 1 and len({arm.budget_images for arm in family}) == 1
-    nano = {name: arm for name, arm in ARMS.items()
-            if "nano" in name and "cpu" not in name}
-    full = {arm.budget_images for name, arm in nano.items() if not name.endswith("_epochs")}
-    assert full == {512_000} == {ARMS["vit_mini_short"].budget_images}
+    def budgets(start):
+        return {arm.budget_images for name, arm in ARMS.items()
+                if name.startswith(start) and not name.endswith(("_short", "_epochs"))}
+
+    assert len(budgets("vit_mini")) == 1
+    for start in ("vit_nano", "resnet_nano", "vit_pico_cpu"):
+        assert budgets(start) == {512_000} == {ARMS["vit_mini_short"].budget_images}
     # equal epochs: as often over its images as the source's arm over its 100,000
-    assert ARMS["vit_pico_cpu"].budget_images == ARMS["resnet_nano_cpu"].budget_images == 512_000
     for name, n_images in (("cifar10_4k", 4_000), ("cifar10_12k", 12_500),
                            ("cpu_cifar10_4k", 4_000)):
         arm = ARMS[f"vit_nano_{name}_epochs"]
         assert arm.budget_images / n_images == pytest.approx(512_000 / 100_000, rel=0.01)
-    assert len({arm.seed for name, arm in nano.items() if name.startswith("resnet_nano")}) == 3
+    assert {ARMS[f"resnet_nano{s}"].seed for s in ("", "_s1", "_s2")} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -121,8 +115,7 @@ def test_no_teacher_keeps_its_random_start(name):
     assert left < 0.02 and n_steps >= 80
 
 
-def test_subsets_are_drawn_once_without_labels_and_lie_in_one_another(monkeypatch):
-    monkeypatch.setattr(arms, "load_dataset", images_of)
+def test_subsets_are_drawn_once_without_labels_and_lie_in_one_another(small_world):
     base = Arm(TINY, ("cifar10",), 1)
     few, more, everything = (arm_images(replace(base, n_images=n)) for n in (8, 20, None))
     assert few.shape == (8, 32, 32, 3) and len(everything) == 40
@@ -133,34 +126,37 @@ def test_subsets_are_drawn_once_without_labels_and_lie_in_one_another(monkeypatc
     assert len(union) == 80 and np.array_equal(union[40:], everything)
 
 
-def test_an_arm_leaves_weights_that_load_and_a_log(small_world, tmp_path):
+MARKS = ["final.safetensors", "half.safetensors", "quarter.safetensors"]
+
+
+def test_an_arm_leaves_weights_that_load_and_a_log_and_is_trained_once(
+        small_world, tmp_path, monkeypatch):
     fused = timm.layers.use_fused_attn()
     folder = pretrain_arm("tiny", tmp_path / "tiny")
     assert timm.layers.use_fused_attn() == fused  # a choice for the process, put back
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoint.pt", "final.safetensors", "half.safetensors", "log.json",
-        "quarter.safetensors", "start.safetensors"]
+    assert {path.name for path in folder.iterdir()} == {
+        "checkpoint.pt", "log.json", "start.safetensors", *MARKS}
     log = json.loads((folder / "log.json").read_text())
     assert log["images_seen"] == 320 and log["n_source_images"] == 40
     assert log["source"] == "cifar10, train split, all images"
     assert log["images_per_second, read-outs included"] > 0
     assert log["gflop_per_image"] > 0 and 0 < log["share_of_the_matrix_rate"] < 1
     assert all(0 <= entry["knn_tinyimagenet_val"] <= 100 for entry in log["log"])
-    assert len({(folder / f"{mark}.safetensors").read_bytes()
-                for mark in ("quarter", "half", "final")}) == 3
+    written = [(folder / mark).read_bytes() for mark in MARKS]
+    assert len(set(written)) == 3
 
     start = safetensors.torch.load_file(folder / "start.safetensors")
-    for key, value in Dino(images_of("cifar10", "train").images,
-                           TINY).teacher.backbone.state_dict().items():
-        assert torch.equal(start[key], value.half()), key
-
-    from tsp_utils.backbones import BackboneSpec
-    from tsp_utils.weights import load_model
+    teacher = Dino(images_of("cifar10", "train").images, TINY).teacher.backbone
+    torch.testing.assert_close(start, dict(teacher.half().state_dict()), rtol=0, atol=0)
     spec = BackboneSpec("tiny", "vit_tiny_patch16_224", dict(TINY.options), "bundled")
     network = load_model(spec, folder / "final.safetensors").eval()
     run = torch.load(folder / "checkpoint.pt", weights_only=True)
     for key, value in network.state_dict().items():
         torch.testing.assert_close(value, run["teacher"][f"backbone.{key}"], rtol=1e-3, atol=1e-4)
+
+    monkeypatch.setattr("tsp_utils.pretraining.dino.Dino.step", None)  # any step would fail
+    pretrain_arm("tiny", folder)
+    assert [(folder / mark).read_bytes() for mark in MARKS] == written
 
 
 def _one_of_two(rank, folder, port):
@@ -178,37 +174,23 @@ def test_two_processes_of_torchrun_make_one_arm(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_one_of_two, (tmp_path, port), nprocs=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "final.safetensors", "half.safetensors", "log.json", "quarter.safetensors",
-        "start.safetensors"]
-    log = json.loads((tmp_path / "log.json").read_text())
-    assert log["images_seen"] == 320  # together, not each
-
-
-def test_a_finished_arm_is_not_trained_again(small_world, tmp_path, monkeypatch):
-    folder = pretrain_arm("tiny", tmp_path)
-    before = {mark: (folder / f"{mark}.safetensors").read_bytes()
-              for mark in ("quarter", "half", "final")}
-    monkeypatch.setattr("tsp_utils.pretraining.dino.Dino.step", None)  # any step would fail
-    pretrain_arm("tiny", tmp_path)
-    assert before == {mark: (folder / f"{mark}.safetensors").read_bytes() for mark in before}
+    assert {path.name for path in tmp_path.iterdir()} == {"log.json", "start.safetensors", *MARKS}
+    assert json.loads((tmp_path / "log.json").read_text())["images_seen"] == 320  # not 320 each
 
 
 def test_a_missing_checkpoint_of_a_quarter_is_not_filled_with_a_later_network(
         small_world, tmp_path, monkeypatch, caplog):
-    def stop(run, entry, after):
-        if entry["images_seen"] >= after:
+    def stop(self, run):
+        if run.images_seen >= 240:
             raise KeyboardInterrupt
+        return 0.0
 
-    read_out = arms.KnnReadout.__call__
-    monkeypatch.setattr(arms.KnnReadout, "__call__", lambda self, run: stop(
-        run, {"images_seen": run.images_seen}, 240) or read_out(self, run))
-    saved = arms.pretrain_dino
-    monkeypatch.setattr(arms, "pretrain_dino", lambda *a, **k: saved(*a, **k | {"save_every_s": 0}))
-    with pytest.raises(KeyboardInterrupt):
+    trained = arms.pretrain_dino
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(arms.KnnReadout, "__call__", stop)
+        patched.setattr(arms, "pretrain_dino", lambda *a, **k: trained(*a, **k, save_every_s=0))
         pretrain_arm("tiny", tmp_path)
     (tmp_path / "quarter.safetensors").unlink()
-    monkeypatch.setattr(arms.KnnReadout, "__call__", read_out)
     pretrain_arm("tiny", tmp_path)
     assert not (tmp_path / "quarter.safetensors").exists() and "is gone" in caplog.text
     assert (tmp_path / "half.safetensors").exists()
@@ -243,5 +225,71 @@ def test_the_operations_are_those_of_a_real_step():
 
 
 def test_an_unknown_arm_names_the_nearest():
-    with pytest.raises(ValueError, match=r"'vit_nan'.*did you mean 'vit_nano'\?"):
+    with pytest.raises(ValueError, match="'vit_nan' is not known; the nearest one is 'vit_nano'"):
         find_arm("vit_nan")
+
+
+def made_of(features, labels) -> FeatureSet:
+    return FeatureSet("blobs", "test", "made up", features, labels, tuple("abc"))
+
+
+def blobs(spread) -> FeatureSet:
+    labels = np.arange(300) % 3
+    noise = np.random.default_rng(0).normal(scale=spread, size=(300, 8))
+    return made_of((np.eye(3, 8)[labels] * 5 + noise).astype(np.float32), labels)
+
+
+def same_labels_by_scikit_learn(found, k) -> float:
+    """Percent of the k nearest neighbours that have the sample's own label."""
+    index = NearestNeighbors(n_neighbors=k + 1, metric="cosine").fit(found.features)
+    near = index.kneighbors(found.features, return_distance=False)[:, 1:]
+    return 100 * (found.labels[near] == found.labels[:, None]).mean()
+
+
+def test_read_out_of_separable_and_of_shuffled_labels(small_world):
+    found = blobs(spread=0.5)
+    record = read_out(found, n_seeds=2)
+    assert record["head"]["acc"] == record["k-means"]["acc"] == [100.0, 100.0]
+    assert record["knn_leave_one_out"] == 100 and record["n"] == 300
+    shuffled = made_of(found.features, np.random.default_rng(1).permutation(found.labels))
+    record = read_out(shuffled, n_seeds=2)
+    for k in (1, 5, 20):
+        expected = same_labels_by_scikit_learn(shuffled, k)
+        assert record["consistency"][str(k)] == pytest.approx(expected, abs=0.01)
+    assert max(record["head"]["acc"]) < 60
+
+
+def test_dictionaries_are_learned_once_and_written_whole(
+        small_world, tmp_path, monkeypatch):
+    settings = dict(n_atoms=8, n_patches=2_000, n_features=4, n_pca_images=40)
+    for name, value in dict(load_dataset=images_of, SETTINGS=settings,
+                            bundled_dir=lambda: tmp_path / "bundled").items():
+        monkeypatch.setattr(dictionary_arms, name, value)
+    path = learn_dictionary_arms(n_seeds=2, n_heads=2)
+    records, before = json.loads(path.read_text()), path.read_bytes()
+    assert len(records) == 2 * len(DICTIONARY_ARMS)
+    assert {record["settings"]["n_patches"] for record in records} == {2_000, 80}
+    assert all(len(record["head"]["acc"]) == 2 for record in records)
+    one, other = (record["head"] for record in records if record["arm"] == "source")
+    assert one != other  # seeds are runs of their own
+    monkeypatch.setattr(dictionary_arms, "arm_images", None)  # any learning would fail
+    assert learn_dictionary_arms(n_seeds=2, n_heads=2).read_bytes() == before
+
+
+@pytest.mark.parametrize("name, n_images", [
+    ("source", 100_000), ("target 4,000", 4_000), ("target 12,500", 12_500),
+    ("target 50,000", 50_000)])
+def test_the_arms_have_the_ratios_of_the_rules(name, n_images):
+    arm, fewer = DICTIONARY_ARMS[name]
+    whole = {"tinyimagenet32": 100_000, "cifar10": 50_000}[ARMS[arm].data[0]]
+    assert fewer == 1 and (ARMS[arm].n_images or whole) == n_images
+    assert DICTIONARY_ARMS["target 4,000, equal epochs"] == (DICTIONARY_ARMS["target 4,000"][0], 25)
+
+
+def test_small_pools_are_balanced_and_their_consistency_is_scikit_learns():
+    found = blobs(spread=3)
+    rows = balanced_rows(found.labels, seed=4)
+    assert np.bincount(found.labels[rows]).tolist() == [50, 50, 50] and len(set(rows)) == 150
+    shares, pool = small_pool_consistency(found), made_of(found.features[rows], found.labels[rows])
+    assert shares[4] == pytest.approx(same_labels_by_scikit_learn(pool, 20), abs=0.01)
+    assert small_pool_consistency(pool) == pytest.approx([shares[4]])

@@ -1,7 +1,9 @@
 """Backbones: official checkpoint formats, damaged ones, transforms, names, devices, dtypes."""
 
 import argparse
+import itertools
 import pathlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.models import resnet50
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 from torchvision.transforms.v2 import functional as TF2
@@ -19,8 +22,6 @@ from tsp_utils.backbones import BACKBONES, Backbone, BackboneSpec, load_backbone
 MINI = dict(img_size=32, patch_size=4, num_classes=0)  # vit_mini_random's options, written again
 IMAGENET = (torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
             torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -52,40 +53,27 @@ def images_of(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def write_bare(state, path):
-    torch.save(state, path)
-
-
-def write_with_head(state, path):
-    torch.save({**state, "head.weight": torch.zeros(1000, 192), "head.bias": torch.zeros(1000)},
-               path)
-
-
-def write_full(state, path, wrap="module."):
+def full_checkpoint(state, wrap="module."):
+    """What DINO's own training writes."""
     teacher = {f"{wrap}backbone.{key}": value for key, value in state.items()}
     teacher |= {f"{wrap}head.mlp.0.weight": torch.zeros(8, 192),
                 f"{wrap}head.last_layer.weight_v": torch.zeros(16, 8)}
     student = {key: value + 1 for key, value in teacher.items()}
     args = argparse.Namespace(arch="vit_tiny", lr=5e-4, local_crops_scale=(0.05, 0.4))
-    torch.save({"student": student, "teacher": teacher, "epoch": 100, "args": args,
-                "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, path)
+    return {"student": student, "teacher": teacher, "epoch": 100, "args": args,
+            "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}
 
 
-def write_full_unwrapped(state, path):
-    write_full(state, path, wrap="")
-
-
-def write_safetensors(state, path):
-    save_file(state, path)
-
-
-@pytest.mark.parametrize("write, suffix", [
-    (write_bare, ".pth"), (write_with_head, ".pth"), (write_full, ".pth"),
-    (write_full_unwrapped, ".pth"), (write_safetensors, ".safetensors")])
-def test_checkpoints_in_every_official_format_load(tmp_path, trained, write, suffix):
-    path = tmp_path / f"weights{suffix}"
-    write(trained.state_dict(), path)
+@pytest.mark.parametrize("save, content", [
+    (torch.save, dict), (save_file, dict), (torch.save, full_checkpoint),
+    (torch.save, partial(full_checkpoint, wrap="")),
+    (torch.save, lambda state: {**state, "head.weight": torch.zeros(1000, 192),
+                                "head.bias": torch.zeros(1000)})])
+def test_checkpoints_in_every_official_format_load(tmp_path, trained, save, content):
+    path = tmp_path / ("weights.pth" if save is torch.save else "weights.safetensors")
+    save(content(trained.state_dict()), path)
     backbone = load_backbone("vit_mini_random", "cpu", path, "float32")
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # only meanwhile
     images = images_of(6, 32, 32, 3)
     x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
     with torch.inference_mode():
@@ -103,106 +91,64 @@ def test_the_feature_of_a_vit_is_its_class_token_after_the_last_norm():
     with torch.inference_mode():
         tokens = backbone.model.forward_features(backbone.prepare(images))  # [B,65,192], normed
     torch.testing.assert_close(backbone(images), tokens[:, 0])
-    one = load_backbone("vit_mini_random", "cpu", dtype="float32").model.blocks
-    assert (len(one), one[0].attn.num_heads, tokens.shape[1:]) == (12, 3, (65, 192))
+    blocks = backbone.model.blocks
+    assert (len(blocks), blocks[0].attn.num_heads, tokens.shape[1:]) == (12, 3, (65, 192))
 
 
-def damage_missing(state, path):
-    torch.save({key: value for key, value in state.items() if "blocks.3" not in key}, path)
+def refused(kind, said, path, name="vit_mini_random"):
+    with pytest.raises(kind, match=said) as caught:
+        load_backbone(name, "cpu", path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
-def damage_extra(state, path):
-    torch.save({**state, "mask_token": torch.zeros(1), "extra": torch.zeros(1)}, path)
-
-
-def damage_shape(state, path):
-    torch.save({**state, "pos_embed": torch.zeros(1, 197, 192)}, path)
-
-
-def damage_truncated(state, path):
-    torch.save(state, path)
-    path.write_bytes(path.read_bytes()[:-5000])
-
-
-def damage_truncated_legacy(state, path):
-    torch.save(state, path, _use_new_zipfile_serialization=False)
-    path.write_bytes(path.read_bytes()[:-5000])
-
-
-def damage_text(state, path):
-    path.write_text("<html>404</html>")
-
-
-def damage_empty(state, path):
-    path.write_bytes(b"")
-
-
-def damage_class(state, path):
-    torch.save({"teacher": state, "args": pathlib.PurePosixPath("x")}, path)
-
-
-def damage_nested(state, path):
-    torch.save({"model": state}, path)
-
-
-def damage_list(state, path):
-    torch.save([1, 2], path)
-
-
-@pytest.mark.parametrize("damage, said", [
-    (damage_missing, r"missing blocks\.3\.norm1\.weight, .*, .* and 9 more"),
-    (damage_extra, r"unexpected mask_token, extra;"),
-    (damage_shape, r"misshapen pos_embed \[1, 197, 192\] for \[1, 65, 192\]"),
-    (damage_truncated, "truncated or not a weights file"),
-    (damage_truncated_legacy, "truncated or not a weights file"),
-    (damage_text, "truncated or not a weights file"),
-    (damage_empty, "truncated or not a weights file"),
-    (damage_class, r"pickles a pathlib\.PurePosixPath"),
-    (damage_nested, "holds no state dict"),
-    (damage_list, "holds no state dict"),
+@pytest.mark.parametrize("content, said", [
+    (lambda state: {key: value for key, value in state.items() if "blocks.3" not in key},
+     r"missing blocks\.3\.norm1\.weight, .*, .* and 9 more"),
+    (lambda state: {**state, "mask_token": torch.zeros(1), "extra": torch.zeros(1)},
+     r"unexpected mask_token, extra;"),
+    (lambda state: {**state, "pos_embed": torch.zeros(1, 197, 192)},
+     r"misshapen pos_embed \[1, 197, 192\] for \[1, 65, 192\]"),
+    (lambda _: timm.create_model("resnet18", num_classes=0).state_dict(),
+     r"does not fit vit_mini_random \(vit_tiny.*missing cls_t"),
+    (lambda state: {"teacher": state, "args": pathlib.PurePosixPath("x")},
+     r"pickles a pathlib\.PurePosixPath"),
+    (lambda state: {"model": state}, "holds no state dict"),
+    (lambda _: [1, 2], "holds no state dict"),
 ])
-def test_damaged_checkpoints_are_refused_by_name(tmp_path, trained, damage, said):
-    path = tmp_path / "damaged.pth"
-    damage(trained.state_dict(), path)
-    with pytest.raises(ValueError, match=said) as caught:
-        load_backbone("vit_mini_random", "cpu", path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path, trained, content, said):
+    path = tmp_path / "other.pth"
+    torch.save(content(trained.state_dict()), path)
+    assert str(path) in refused(ValueError, said, path)
 
 
-def test_other_checkpoints_that_do_not_fit(tmp_path, trained):
-    path = tmp_path / "other.safetensors"
-    save_file(timm.create_model("resnet18", num_classes=0).state_dict(), path)
-    with pytest.raises(ValueError, match=r"does not fit vit_mini_random \(vit_tiny.*missing cls_t"):
-        load_backbone("vit_mini_random", "cpu", path)
+@pytest.mark.parametrize("save", [
+    torch.save, partial(torch.save, _use_new_zipfile_serialization=False), save_file,
+    lambda _, path: path.write_text("<html>404</html>" * 400), lambda _, path: path.touch()])
+def test_what_is_cut_off_or_no_weights_file_is_refused_by_name(tmp_path, trained, save):
+    path = tmp_path / ("damaged.safetensors" if save is save_file else "damaged.pth")
+    save(trained.state_dict(), path)
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match="truncated or not a weights file"):
-        load_backbone("vit_mini_random", "cpu", path)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
-        load_backbone("vit_mini_random", "cpu", tmp_path / "nowhere.pth")
-    with pytest.raises(FileNotFoundError, match="are not there"):
-        load_backbone("vit_mini_random", "cpu", tmp_path)
-    with pytest.raises(ValueError, match="pixels has no weights"):
-        load_backbone("pixels", "cpu", path)
-    with pytest.raises(ValueError, match="not a dictionary of patches"):
-        load_backbone("patch_kmeans", "cpu", path)
+    assert str(path) in refused(ValueError, "truncated or not a weights file", path)
 
 
-def test_namespace_is_let_through_only_while_a_checkpoint_is_read(tmp_path, trained):
-    path = tmp_path / "full.pth"
-    write_full(trained.state_dict(), path)
-    load_backbone("vit_mini_random", "cpu", path)
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()
+def test_files_that_are_not_there_or_of_another_kind_are_refused(tmp_path):
+    path = tmp_path / "text.pth"
+    path.write_text("<html>404</html>")
+    refused(FileNotFoundError, r"nowhere\.pth", tmp_path / "nowhere.pth")
+    refused(FileNotFoundError, "are not there", tmp_path)
+    refused(ValueError, "pixels has no weights", path, "pixels")
+    refused(ValueError, "not a dictionary of patches", path, "patch_kmeans")
 
 
 def test_vits16_has_the_names_and_shapes_of_facebooks_code(weights_dir):
     due = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384),
            "patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,),
            "norm.weight": (384,), "norm.bias": (384,)}
-    for i in range(12):
-        for part, shape in {"norm1": (384,), "norm2": (384,), "attn.qkv": (1152, 384),
-                            "attn.proj": (384, 384), "mlp.fc1": (1536, 384),
-                            "mlp.fc2": (384, 1536)}.items():
-            due |= {f"blocks.{i}.{part}.weight": shape, f"blocks.{i}.{part}.bias": shape[:1]}
+    parts = {"norm1": (384,), "norm2": (384,), "attn.qkv": (1152, 384), "attn.proj": (384, 384),
+             "mlp.fc1": (1536, 384), "mlp.fc2": (384, 1536)}
+    for i, (part, shape) in itertools.product(range(12), parts.items()):
+        due |= {f"blocks.{i}.{part}.weight": shape, f"blocks.{i}.{part}.bias": shape[:1]}
     state = {key: torch.full(shape, 0.01) for key, shape in due.items()}
     torch.save(state, weights_dir / "dino_deitsmall16_pretrain.pth")
     backbone = load_backbone("dino_vits16", "cpu")
@@ -211,7 +157,6 @@ def test_vits16_has_the_names_and_shapes_of_facebooks_code(weights_dir):
 
 
 def test_resnet50_takes_torchvisions_names_and_drops_fc(weights_dir):
-    from torchvision.models import resnet50
     reference = resnet50().eval()
     torch.save(reference.state_dict(), weights_dir / "dino_resnet50_pretrain.pth")
     backbone = load_backbone("dino_resnet50", "cpu", dtype="float32")
@@ -235,11 +180,10 @@ def test_timm_names_take_timms_transform_and_a_file_of_their_own(weights_dir):
 
 @pytest.mark.parametrize("name", ["dino_resnet50", "dino_vits16", "dino_vitb16", "timm:resnet18"])
 def test_without_network_the_file_to_fetch_is_named_and_none_is_left(weights_dir, name):
-    with pytest.raises(ConnectionError, match="Network is unreachable") as caught:
-        load_backbone(name, "cpu")
+    said = refused(ConnectionError, "Network is unreachable", None, name)
     spec = backbones._find_spec(name)
-    assert str(weights_dir / spec.file) in str(caught.value) and spec.url in str(caught.value)
-    assert list(weights_dir.iterdir()) == [] and "\n" not in str(caught.value)
+    assert str(weights_dir / spec.file) in said and spec.url in said
+    assert list(weights_dir.iterdir()) == []
 
 
 def test_a_download_is_kept_only_when_it_is_whole(weights_dir, monkeypatch):
@@ -251,8 +195,7 @@ def test_a_download_is_kept_only_when_it_is_whole(weights_dir, monkeypatch):
             file.truncate(100_000)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", torn)
-    with pytest.raises(ConnectionError, match="truncated"):
-        load_backbone("dino_resnet50", "cpu")
+    refused(ConnectionError, "truncated", None, "dino_resnet50")
     assert list(weights_dir.iterdir()) == []
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda _, path: torch.save(state, path))
     load_backbone("dino_resnet50", "cpu")
@@ -261,8 +204,7 @@ def test_a_download_is_kept_only_when_it_is_whole(weights_dir, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     load_backbone("dino_resnet50", "cpu")
     torch.save({key: value + 1 for key, value in state.items()}, file)  # another one in its place
-    with pytest.raises(ValueError, match="is not the file that was downloaded: delete it"):
-        load_backbone("dino_resnet50", "cpu")
+    refused(ValueError, "is not the file that was downloaded: delete it", None, "dino_resnet50")
 
 
 def test_the_table_agrees_with_timm_and_with_the_published_figures():
@@ -382,21 +324,17 @@ def test_bfloat16_agrees_with_float32_where_the_cpu_gains_from_it():
 
 
 @pytest.mark.parametrize("name, near", [
-    ("dino_vits", "dino_vits16"), ("pixel", "pixels"), ("vit_small", "timm:vit_small"),
+    ("dino_vits", "dino_vits16'"), ("pixel", "pixels'"), ("vit_small", "timm:"),
     ("timm:resnet50.nope", "timm:resnet50"), ("timm:vit_tiny_patch16", "timm:vit_tiny_patch16")])
 def test_unknown_names_list_the_known_and_the_nearest(name, near):
-    with pytest.raises(ValueError, match="all are pixels, vit_mini_random") as caught:
-        load_backbone(name)
-    if name != "vit_small":
-        assert f"nearest one is '{near}" in str(caught.value)
+    refused(ValueError, f"nearest one is '{near}.*all are pixels, vit_mini_random", None, name)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
-def test_unknown_and_absent_devices_are_refused(device):
-    with pytest.raises(ValueError, match=f"device '{device}' is not there; pass auto"):
-        load_backbone("pixels", device)
-
-
-def test_unknown_dtypes_are_refused():
-    with pytest.raises(ValueError, match="unknown dtype 'half'"):
-        load_backbone("pixels", dtype="half")
+@pytest.mark.parametrize("options, said", [
+    ({"device": "gpu"}, "device 'gpu' is not there; pass auto"),
+    ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
+    ({"device": "meta"}, "device 'meta' is not there"),
+    ({"dtype": "half"}, "unknown dtype 'half'")])
+def test_unknown_and_absent_devices_and_unknown_dtypes_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        load_backbone("pixels", **options)

@@ -5,10 +5,8 @@ import re
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import bench
-from tsp_utils.losses import tsp_loss
 from tsp_utils.neighbors import nearest_neighbors
 from tsp_utils.scaling import scale_features
 
@@ -29,16 +27,9 @@ def test_the_table_has_a_row_each_with_finite_numbers():
         assert numbers and all(math.isfinite(number) for number in numbers), measured
 
 
-def test_the_plain_way_is_the_same_task():
+def test_the_plain_way_draws_a_sample_and_one_of_its_neighbours():
     features = scale_features(bench.random_clusters(200))
     neighbors = nearest_neighbors(features, 5)
-    pairs = bench.Pairs(features, neighbors)
-    for i in (0, 7):
-        mine, other = pairs[i]
-        assert np.array_equal(mine, features[i])
-        assert any(np.array_equal(other, features[j]) for j in neighbors.indices[i])
-    logits = torch.randn(2, 9, 4)
-    p, q = logits.softmax(-1)
-    mean = p.mean(0)
-    plain = -(p * q).sum(1).log().mean() + 3 * (mean * mean.log()).sum()
-    torch.testing.assert_close(plain, tsp_loss(*logits)[0])
+    mine, other = bench.Pairs(features, neighbors)[7]
+    assert np.array_equal(mine, features[7])
+    assert any(np.array_equal(other, features[j]) for j in neighbors.indices[7])

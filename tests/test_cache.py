@@ -6,7 +6,6 @@ import json
 import logging
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from unittest import mock
 
@@ -14,55 +13,43 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tsp_utils import cache
+from tsp_utils import TSPClustering, cache, heads, knn_accuracy, nearest_neighbors
 from tsp_utils.cache import code_called_by, code_of, entries, key_of, keys
-from tsp_utils.paths import PACKAGE
-
-HERE = Path(__file__).resolve().parent
+from tsp_utils.paths import REPOSITORY
+from tsp_utils.study import profile
+from tsp_utils.systems import rivals
 
 MODULE = '''
 """A module."""
 import functools
-
 import numpy as np
-
 SCALE = 2.0
 UNUSED = 1
-
 
 def helper(x):
     """One line."""
     return SCALE * x  # a comment
 
-
 def unused(x):
     return x
-
 
 @functools.lru_cache
 def wrapped(x):
     return helper(x)
 
-
 class Network:
     width: int = 3
-
     def forward(self, x):
         return helper(x)
-
     def describe(self):
         return "a network"
 
-
 REGISTRY = {"a": helper, "b": unused}
-
 
 def called(x: float) -> float:
     """Doubles."""
     from toy_package.other import imported_late
-
     return np.abs(wrapped(x)) + imported_late(x) + len(REGISTRY)
-
 
 def called_with(network, x):
     return network.forward(x)
@@ -79,18 +66,25 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "toy_package" / "__init__.py").touch()
 
+    def forget():
+        for name in [name for name in sys.modules if name.startswith("toy_package")]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+
     def write(old: str = "", new: str = "", other: str = OTHER):
         assert old in MODULE
         (tmp_path / "toy_package" / "module.py").write_text(MODULE.replace(old, new, 1))
         (tmp_path / "toy_package" / "other.py").write_text(other)
-        for name in [name for name in sys.modules if name.startswith("toy_package")]:
-            del sys.modules[name]
-        importlib.invalidate_caches()
+        forget()
         return importlib.import_module("toy_package.module")
 
     yield write
-    for name in [name for name in sys.modules if name.startswith("toy_package")]:
-        del sys.modules[name]
+    forget()
+
+
+def both_codes(module):
+    """Of a function, and of one that is called with a network."""
+    return code_of(module.called), code_of(module.called_with, module.Network())
 
 
 @pytest.mark.parametrize("old, new", [
@@ -100,36 +94,29 @@ def toy(tmp_path, monkeypatch):
     ('return "a network"', 'return "one"'),
 ])
 def test_what_shapes_nothing_makes_nothing_old(toy, old, new):
-    before, after = (code_of(toy(*edit).called) for edit in ((), (old, new)))
-    assert before == after
-    before, after = ((module := toy(*edit)) and code_of(module.called_with, module.Network())
-                     for edit in ((), (old, new)))
-    assert before == after
+    assert both_codes(toy()) == both_codes(toy(old, new))
 
 
-@pytest.mark.parametrize("old, new", [
-    ("SCALE * x", "SCALE + x"), ("SCALE = 2.0", "SCALE = 3.0"), ("np.abs", "np.sign"),
-    ("return helper(x)\n\n\nclass", "return -helper(x)\n\n\nclass"),
+@pytest.mark.parametrize("old, new, changes", [
+    ("SCALE * x", "SCALE + x", (True, True)), ("SCALE = 2.0", "SCALE = 3.0", (True, True)),
+    ("np.abs", "np.sign", (True, False)),
+    ("return helper(x)\n\nclass", "return -helper(x)\n\nclass", (True, False)),
+    ("return helper(x)\n    def", "return helper(-x)\n    def", (False, True)),
 ])
-def test_what_is_called_counts_and_so_do_the_constants_it_names(toy, old, new):
-    assert code_of(toy().called) != code_of(toy(old, new).called)
+def test_what_is_called_counts_and_so_do_the_constants_it_names(toy, old, new, changes):
+    before, after = both_codes(toy()), both_codes(toy(old, new))
+    assert tuple(a != b for a, b in zip(before, after, strict=True)) == changes
 
 
-def test_imports_where_they_are_used_methods_by_name_and_replacements_count(toy, monkeypatch):
+def test_imports_where_they_are_used_and_replacements_count(toy, monkeypatch):
+    called, called_with = both_codes(toy())
+    assert code_of(toy(other=OTHER.replace("+ 1", "+ 2")).called) != called
     module = toy()
-    before = code_of(module.called)
-    assert code_of(toy(other=OTHER.replace("+ 1", "+ 2")).called) != before
-    module = toy()
-    network = code_of(module.called_with, module.Network())
-    changed = toy("    def forward(self, x):\n        return helper(x)",
-                  "    def forward(self, x):\n        return helper(-x)")
-    assert code_of(changed.called_with, changed.Network()) != network
-    module = toy()
-    monkeypatch.setattr(module, "helper", lambda x: x)
-    assert code_of(module.called) != before  # bound now, whoever did it
-    module = toy()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "helper", lambda x: x)
+        assert code_of(module.called) != called  # bound now, whoever did it
     monkeypatch.setattr(module.Network, "forward", lambda self, x: x)
-    assert code_of(module.called_with, module.Network()) != network
+    assert both_codes(module)[1] != called_with
 
 
 def test_code_without_source_counts_by_its_code_object():
@@ -152,44 +139,26 @@ def test_a_file_edited_after_its_import_is_not_taken_for_what_runs(toy, tmp_path
 
 
 def test_a_notebook_s_key_follows_what_it_calls_and_no_drawing():
-    source = textwrap.dedent("""
-        import tsp_utils as tsp
-        from tsp_utils import plots
-        from tsp_utils.study.baselines import run_baseline
-        study = tsp.load_study("offline")
-        tsp.tsp_loss(a, b)
-        plots.plot_ledger(c)
-        run_baseline(study, a, b, "x")
-        """)
-    reached = {text.split(":")[0].split(" = ")[0] for text in _reached_by(source)}
+    source = "\n".join([
+        "import tsp_utils as tsp", "from tsp_utils import plots",
+        "from tsp_utils.study.baselines import run_baseline", "study = tsp.load_study('offline')",
+        "tsp.tsp_loss(a, b)", "plots.plot_ledger(c)", "run_baseline(study, a, b, 'x')", ""])
+    with mock.patch.object(keys, "_digest", return_value="") as digest:
+        code_called_by(source)
+    reached = {text.split(":")[0].split(" = ")[0] for text in digest.call_args[0][0].values()}
     assert {"tsp_loss", "loss_terms", "run_baseline", "load_study", "_clusters"} <= reached
     assert not {"plot_ledger", "train_heads", "cluster_folder"} & reached
     assert code_called_by(source) == code_called_by(source + "\n# a comment\n1 + 1\n")
     assert code_called_by(source) != code_called_by(source + "tsp.train_heads()")
 
 
-def _reached_by(source):
-    found = []
-    digest, keys._digest = keys._digest, lambda reached: found.extend(reached.values()) or "x"
-    try:
-        code_called_by(source)
-    finally:
-        keys._digest = digest
-    return found
-
-
 def test_every_function_of_the_package_has_a_tree_that_is_what_runs():
     """Else keys would differ between versions of Python."""
-    from tsp_utils import heads
-    from tsp_utils.study import profile
-    from tsp_utils.systems import rivals
-
     for module in (heads, rivals, profile):
         for value in vars(module).values():
             function = keys._function(value)
             if function is not None and function.__module__ == module.__name__:
                 assert keys._syntax(function)[0], function.__qualname__
-    assert (PACKAGE / "cache" / "keys.py").exists()
 
 
 def test_inputs_count_by_content():
@@ -202,48 +171,40 @@ def test_inputs_count_by_content():
         key_of({"x": object()})
 
 
-# Files.
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("TSP_CACHE", str(tmp_path))
     return tmp_path
 
 
-def squares(seeds, made=None):
-    if made is not None:
-        made.append(list(seeds))
+def squares(seeds):
     return {"squares": np.array([[seed**2] for seed in seeds])}
 
 
 def test_seeds_are_made_once_and_a_file_grows(folder):
-    made = []
+    make = mock.Mock(side_effect=squares)
     for wanted in (range(2), range(4), [3, 1], range(3)):
-        found, n_read = cache.seeds("heads", "toy", {}, [squares], wanted,
-                                    lambda seeds: squares(seeds, made))
+        found, n_read = cache.seeds("heads", "toy", {}, [squares], wanted, make)
         assert found["squares"][:, 0].tolist() == [seed**2 for seed in wanted]
-    assert made == [[0, 1], [2, 3]] and n_read == 3
+    assert make.call_args_list == [mock.call([0, 1]), mock.call([2, 3])] and n_read == 3
     assert {"torch", "machine"} <= json.loads(found["made_with"][0]).keys()
     assert len(list(folder.glob("heads/*.npz"))) == 1 and not list(folder.rglob("*.partial"))
 
 
 GROW = """
 import sys, time, numpy as np
-sys.path[:0] = {paths!r}
 from tsp_utils import cache
 def make(seeds):
     time.sleep(1)
-    return {{"x": np.array(list(seeds))}}
-found, _ = cache.seeds("heads", "toy", {{}}, [], range(int(sys.argv[1])), make)
+    return {"x": np.array(list(seeds))}
+found, _ = cache.seeds("heads", "toy", {}, [], range(int(sys.argv[1])), make)
 print(found["x"].tolist())
 """
 
 
 def test_two_that_grow_one_file_lose_nothing(folder):
-    code = GROW.format(paths=[str(HERE.parent)])
-    both = [subprocess.Popen([sys.executable, "-c", code, n], text=True, stdout=subprocess.PIPE)
-            for n in ("6", "3")]
+    both = [subprocess.Popen([sys.executable, "-c", GROW, n], text=True, stdout=subprocess.PIPE,
+                             cwd=REPOSITORY) for n in ("6", "3")]
     assert [process.communicate(timeout=120)[0].strip() for process in both] == [
         "[0, 1, 2, 3, 4, 5]", "[0, 1, 2]"]
     found, n_read = cache.seeds("heads", "toy", {}, [], range(6), None)
@@ -308,21 +269,18 @@ def test_files_of_an_earlier_version_are_named_with_what_removes_them(folder, ca
     assert "1 files of an earlier version" in caplog.text and "make clean" in caplog.text
 
 
-def test_tables_dataclasses_and_single_values_come_back_as_they_were(folder, made):
-    from tsp_utils import knn_accuracy, nearest_neighbors
-
+def test_dataclasses_and_single_values_come_back_as_they_were(folder, made):
     x = np.random.default_rng(0).normal(size=(30, 4))
     labels = np.arange(30) % 3
-    for function, arguments in ((nearest_neighbors, (x, 5)), (knn_accuracy, (x, labels))):
-        plainly = function(*arguments)
-        for _ in range(2):
-            found = cache.call(function, *arguments)
-            assert type(found) is type(plainly)
-    assert found == plainly and made.call_count == 2
-    found, plainly = cache.call(nearest_neighbors, x, 5), nearest_neighbors(x, 5)
-    np.testing.assert_array_equal(found.indices, plainly.indices)
-    np.testing.assert_array_equal(found.distances, plainly.distances)
-    assert found.metric == "cosine"
+    plainly, accuracy = nearest_neighbors(x, 5), knn_accuracy(x, labels)
+    for _ in range(2):
+        found = cache.call(nearest_neighbors, x, 5)
+        assert type(found) is type(plainly) and found.metric == "cosine"
+        np.testing.assert_array_equal(found.indices, plainly.indices)
+        np.testing.assert_array_equal(found.distances, plainly.distances)
+        found = cache.call(knn_accuracy, x, labels)
+        assert type(found) is type(accuracy) and found == accuracy
+    assert made.call_count == 2
 
 
 teacher, network = np.arange(2), mock.Mock()
@@ -352,12 +310,9 @@ def test_what_a_function_takes_from_around_it_counts(folder, made):
 
 
 def test_a_fitted_estimator_comes_back_as_it_was(folder):
-    from tsp_utils import TSPClustering
-
     x = np.random.default_rng(0).normal(size=(40, 6)) + 4 * np.eye(6)[np.arange(40) % 3]
     settings = dict(n_clusters=3, n_init=2, max_epochs=3, min_steps=0, n_neighbors=5)
-    first = cache.fitted(TSPClustering(random_state=0, **settings), x)
-    again = cache.fitted(TSPClustering(random_state=0, **settings), x)
+    first, again = (cache.fitted(TSPClustering(random_state=0, **settings), x) for _ in range(2))
     plainly = TSPClustering(random_state=0, **settings).fit(x)
     for model in (first, again):
         np.testing.assert_array_equal(model.predict(x), plainly.predict(x))
@@ -366,6 +321,5 @@ def test_a_fitted_estimator_comes_back_as_it_was(folder):
     assert again.get_feature_names_out().tolist() == plainly.get_feature_names_out().tolist()
     other = cache.fitted(TSPClustering(random_state=1, **settings), x)
     assert not np.allclose(other.coef_, first.coef_)
-    assert len(list(folder.glob("fits/*.npz"))) == 2
     cache.fitted(TSPClustering(**settings), x)  # of any seed: not kept
     assert len(list(folder.glob("fits/*.npz"))) == 2

@@ -28,78 +28,50 @@ def test_ids_run_from_c0_to_c12_and_only_known_units_and_scopes_occur():
     assert {c.id for c in CLAIMS if c.unit == "backbone"} == {"C1", "C4", "C5", "C6"}
 
 
-def test_the_page_states_each_claim_with_its_margin_unit_scope_and_seeds():
-    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in PAGE.splitlines()
-            if line.startswith(("| C", "| D"))]
-    cells = {row[0].strip(): [cell.strip() for cell in row] for row in rows}
-    assert list(cells) == [c.id for c in (*CLAIMS, *ICBPL_CLAIMS)]
-    for c in (*CLAIMS, *ICBPL_CLAIMS):
-        assert len(cells[c.id]) == 8
-        assert cells[c.id][1].lower() == c.claim.rstrip(".").lower()
-        assert cells[c.id][4:] == [str(c.margin), c.unit, c.scope, str(c.n_head or "–")]
+def test_the_page_states_each_claim_and_each_rule_and_lists_changes():
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in PAGE.splitlines() if line.startswith(("| C", "| D"))]
+    for cells, c in zip(rows, (*CLAIMS, *ICBPL_CLAIMS), strict=True):
+        assert len(cells) == 8 and cells[0] == c.id
+        assert cells[1].lower() == c.claim.rstrip(".").lower()
+        assert cells[4:] == [str(c.margin), c.unit, c.scope, str(c.n_head or "–")]
+    assert re.findall(r"^- \*\*(.*?)\*\*", PAGE, re.M) == [*RULES]
+    assert PAGE.splitlines()[2].startswith("Written before any result") and "## Changes" in PAGE
 
 
-def test_the_page_states_each_rule_and_lists_changes():
-    assert [line.split("**")[1] for line in PAGE.splitlines() if line.startswith("- **")] == [
-        *RULES
-    ]
-    assert PAGE.rstrip().splitlines()[2].startswith("Written before any result")
-    assert "## Changes" in PAGE
+@pytest.mark.parametrize(("differences", "margin", "verdict", "qualifier"), [
+    (NOISE + 3, 2, "holds", ""),  # the lower end is above 0, the mean reaches the margin
+    ([2.0, 2.0, 2.0], 2, "holds", ""),  # the margin itself is enough
+    (NOISE + 0.3, 2, "does not hold", ""),  # the upper end, 1.89, is below the margin
+    (NOISE / 10 + 1, 2, "does not hold", ""),  # a gain that is certain, but too small
+    ([1.99, 1.99, 1.99], 2, "does not hold", ""),
+    (NOISE - 3, 2, "does not hold", "reversed"),
+    ([1.0, 2.9, 2.0], 2, "inconclusive", None),
+    # 2.4469 / sqrt(7) = 0.925 < 1, and 2.5706 / sqrt(6) = 1.049 is not
+    (NOISE + 1, 2, "inconclusive", "n = 7 would decide"),
+    (NOISE, 0, "inconclusive", "no n up to 100,000 would decide"),
+    ([5.0], 2, "not tested", "fewer than two paired differences"),
+])
+def test_a_verdict_by_hand(differences, margin, verdict, qualifier):
+    found = decide(differences, margin)
+    assert found.verdict == verdict and qualifier in (None, found.qualifier)
 
 
-def test_holds_when_the_lower_end_is_above_0_and_the_mean_reaches_the_margin():
+def test_a_verdict_carries_its_numbers():
     v = decide(NOISE + 3, 2)
-    assert (v.verdict, v.qualifier, v.n, v.n_needed) == ("holds", "", 4, None)
+    assert (v.n, v.n_needed) == (4, None)
     np.testing.assert_allclose([v.mean, v.low, v.high], [3, 3 - 1.5912, 3 + 1.5912], atol=1e-4)
     assert v.p == 2 / 16  # all four positive: only all-plus and all-minus are as extreme
 
 
-def test_does_not_hold_when_the_upper_end_is_below_the_margin():
-    v = decide(NOISE + 0.3, 2)
-    assert v.low < 0 < v.high < 2
-    assert (v.verdict, v.qualifier) == ("does not hold", "")
-
-
-def test_a_gain_that_is_certain_but_too_small_does_not_hold():
-    v = decide(NOISE / 10 + 1, 2)
-    assert v.low > 0 and (v.verdict, v.qualifier) == ("does not hold", "")
-
-
-def test_reversed_when_the_upper_end_is_below_0():
-    v = decide(NOISE - 3, 2)
-    assert (v.verdict, v.qualifier) == ("does not hold", "reversed")
-
-
-@pytest.mark.parametrize(
-    ("mean", "margin", "gap"),
-    [
-        (1.0, 2, 1.0),  # below the margin: the upper end, 2.59, would have to pass under 2
-        (1.5, 1, 1.5),  # above it: the lower end, -0.09, would have to pass over 0
-    ],
-)
+@pytest.mark.parametrize(("mean", "margin", "gap"), [
+    (1.0, 2, 1.0),  # below the margin: the upper end, 2.59, would have to pass under 2
+    (1.5, 1, 1.5)])  # above it: the lower end, -0.09, would have to pass over 0
 def test_inconclusive_names_the_smallest_n_that_would_decide(mean, margin, gap):
     v = decide(NOISE + mean, margin)
-    assert v.verdict == "inconclusive"
     half = [stats.t.ppf(0.975, n - 1) / math.sqrt(n) for n in (v.n_needed - 1, v.n_needed)]
     assert half[1] < gap <= half[0]
-    assert v.qualifier == f"n = {v.n_needed} would decide"
-
-
-def test_inconclusive_by_hand():
-    # 2.4469 / sqrt(7) = 0.925 < 1, and 2.5706 / sqrt(6) = 1.049 is not
-    assert decide(NOISE + 1, 2).n_needed == 7
-
-
-def test_a_mean_on_the_margin_of_zero_cannot_be_decided_by_more_seeds():
-    v = decide(NOISE, 0)
-    assert (v.verdict, v.n_needed) == ("inconclusive", None)
-    assert "no n" in v.qualifier
-
-
-def test_the_mean_must_reach_the_margin_and_the_margin_itself_is_enough():
-    assert decide([2.0, 2.0, 2.0], 2).verdict == "holds"
-    assert decide([1.99, 1.99, 1.99], 2).verdict == "does not hold"
-    assert decide([1.0, 2.9, 2.0], 2).verdict == "inconclusive"
+    assert (v.verdict, v.qualifier) == ("inconclusive", f"n = {v.n_needed} would decide")
 
 
 def test_not_tested_names_the_precondition_and_still_prints_the_numbers():
@@ -110,25 +82,17 @@ def test_not_tested_names_the_precondition_and_still_prints_the_numbers():
     assert (v.verdict, v.n) == ("not tested", 0) and math.isnan(v.mean) and math.isnan(v.p)
 
 
-def test_one_pair_has_no_interval_and_is_not_tested():
-    v = decide([5.0], 2)
-    assert v.verdict == "not tested" and "fewer than two" in v.qualifier
-
-
 def test_nmi_or_ari_pointing_the_other_way_caps_the_verdict():
-    up, down = NOISE + 3, NOISE - 0.1
+    up, down, small = NOISE + 3, NOISE - 0.1, NOISE / 10 + 0.1
     assert decide(up, 2, nmi=up, ari=up).verdict == "holds"
     capped = decide(up, 2, nmi=down, ari=up)
     assert (capped.verdict, capped.qualifier) == ("inconclusive", "NMI pointing the other way")
     assert "NMI and ARI" in decide(up, 2, nmi=down, ari=down).qualifier
     assert decide(-up, 2, nmi=-up, ari=-up).qualifier == "reversed"
     assert decide(-up, 2, ari=up).verdict == "inconclusive"
-
-
-def test_a_gain_below_the_margin_is_contradicted_only_by_a_metric_that_holds():
-    small = NOISE / 10 + 0.1
+    # A gain below the margin is contradicted only by a metric that holds.
     assert decide(small, 2, nmi=-small, ari=small).verdict == "does not hold"
-    assert decide(small, 2, nmi=NOISE + 3).verdict == "inconclusive"
+    assert decide(small, 2, nmi=up).verdict == "inconclusive"
 
 
 def test_one_pair_of_networks_qualifies_what_is_decided_about_backbones():
@@ -139,26 +103,20 @@ def test_one_pair_of_networks_qualifies_what_is_decided_about_backbones():
     assert decide(NOISE + 3, 2, unit="head", n_pretrain=1).qualifier == ""
 
 
-def test_heads_cannot_pass_for_networks():
-    with pytest.raises(ValueError, match="one difference a pair"):
-        decide(np.tile(NOISE, 3), 2, unit="backbone", n_pretrain=3)
-
-
 def test_a_bootstrap_interval_can_stand_in_for_t():
     v = decide(NOISE + 12, 10, unit="image", interval=(11.0, 13.0))
     assert (v.verdict, v.low, v.high) == ("holds", 11.0, 13.0)
     assert decide(NOISE + 12, 10, interval=(-1.0, 13.0)).verdict == "inconclusive"
 
 
-@pytest.mark.parametrize("bad", [[1.0, float("nan")], [1.0, float("inf")], [[1.0, 2.0]]])
-def test_failed_seeds_are_refused(bad):
-    with pytest.raises(ValueError, match="finite"):
-        decide(bad, 2)
-
-
-def test_metrics_of_other_pairs_are_refused():
-    with pytest.raises(ValueError, match=r"as many .* \(4\)"):
-        decide(NOISE, 2, nmi=NOISE[:3])
+@pytest.mark.parametrize(("differences", "more", "sentence"), [
+    ([1.0, float("nan")], {}, "finite"), ([1.0, float("inf")], {}, "finite"),
+    ([[1.0, 2.0]], {}, "finite"), (NOISE, dict(nmi=NOISE[:3]), r"as many .* \(4\)"),
+    (np.tile(NOISE, 3), dict(unit="backbone", n_pretrain=3), "one difference a pair")])
+def test_failed_seeds_other_pairs_metrics_and_heads_as_networks_are_refused(differences, more,
+                                                                            sentence):
+    with pytest.raises(ValueError, match=sentence):
+        decide(differences, 2, **more)
 
 
 @pytest.mark.parametrize("level", [0.90, 0.95])
@@ -185,11 +143,13 @@ def test_sign_flip_p_is_that_of_brute_force(n):
     assert decisions.sign_flip_p(d) == np.mean(sums >= abs(d.sum()) - 1e-9)
 
 
-def test_sign_flip_p_by_hand_and_at_twenty():
-    assert decisions.sign_flip_p([1, 2, 3]) == 2 / 8
-    assert decisions.sign_flip_p([-1, 2, 3]) == 4 / 8  # |sum| >= 4: 6 and 4, and their negatives
-    assert decisions.sign_flip_p([0.0, 0.0]) == 1
-    assert decisions.sign_flip_p(np.ones(20)) == 2 / 2**20
+@pytest.mark.parametrize(("differences", "p"), [
+    ([1, 2, 3], 2 / 8), ([-1, 2, 3], 4 / 8),  # |sum| >= 4: 6 and 4, and their negatives
+    ([0.0, 0.0], 1), (np.ones(20), 2 / 2**20), (np.ones(60), 1 / 100_001),
+    # Sums of 0 up to rounding, which no flip falls below: ties.
+    (0.1 * np.tile([1, 2, 3, -6], 3), 1), (0.1 * np.tile([1, 2, 3, -6], 50), 1)])
+def test_sign_flip_p_by_hand(differences, p):
+    assert decisions.sign_flip_p(differences) == p
 
 
 def test_sign_flip_p_above_twenty_is_seeded_and_near_the_exact_one():
@@ -198,13 +158,6 @@ def test_sign_flip_p_above_twenty_is_seeded_and_near_the_exact_one():
     p = decisions.sign_flip_p(d)
     assert p == decisions.sign_flip_p(d)
     assert abs(p - exact) < 4 * math.sqrt(exact / 100_000)
-    assert decisions.sign_flip_p(np.ones(60)) == 1 / 100_001
-
-
-@pytest.mark.parametrize("n", [12, 200])
-def test_sums_that_differ_by_rounding_alone_are_ties(n):
-    tenths = 0.1 * np.tile([1, 2, 3, -6], n // 4)  # of sum 0, which no flip falls below
-    assert decisions.sign_flip_p(tenths) == 1
 
 
 def test_bootstrap_is_seeded_and_near_the_normal_interval():
@@ -227,57 +180,46 @@ def test_memory_is_bounded_where_all_differences_are_distinct(function, n):
     assert peak < 100e6
 
 
-def test_holm_by_hand():
+@pytest.mark.parametrize(("p", "adjusted"), [
     # sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1, never falling
-    np.testing.assert_allclose(holm([0.04, 0.01, 0.03, 0.02]), [0.06, 0.04, 0.06, 0.06])
-    np.testing.assert_allclose(holm([0.5, np.nan, 0.04]), [0.5, np.nan, 0.08])
-    np.testing.assert_allclose(holm([0.6, 0.7]), [1, 1])
-    assert holm([]).shape == (0,)
+    ([0.04, 0.01, 0.03, 0.02], [0.06, 0.04, 0.06, 0.06]),
+    ([0.5, np.nan, 0.04], [0.5, np.nan, 0.08]), ([0.6, 0.7], [1.0, 1.0]), ([], [])])
+def test_holm_by_hand(p, adjusted):
+    np.testing.assert_allclose(holm(p), adjusted, strict=True)
 
 
-def runs(**means):
-    """Differences against K = 20, deviation 1, n = 4: 90 % half-width 1.1767, 95 % 1.5912."""
-    return {k: NOISE + means.get(f"k{k}", 0.0) for k in COMPARED_K}
-
-
-def test_equivalence_holds_when_all_90_percent_intervals_lie_within_2():
-    v = decide_equivalence(runs(k5=0.8))  # to 1.977 at 90 %; the 95 % end, 2.39, would not do
-    assert (v.verdict, v.qualifier) == ("holds", "K = 5")
-    np.testing.assert_allclose([v.mean, v.low, v.high], [0.8, -0.3767, 1.9767], atol=1e-4)
-    assert decide_equivalence(runs(k30=-0.8)).qualifier == "K = 30"
-
-
-def test_equivalence_fails_when_one_95_percent_interval_lies_wholly_outside():
-    v = decide_equivalence(runs(k30=-3.6))
-    assert (v.verdict, v.qualifier) == ("does not hold", "K = 30")
-    np.testing.assert_allclose([v.low, v.high], [-5.1912, -2.0088], atol=1e-4)
-    # only the 90 % interval lies outside: from 2.0233, at 95 % from 1.609
-    assert decide_equivalence(runs(k5=3.2)).verdict == "inconclusive"
-
-
-def test_equivalence_is_inconclusive_between_and_says_what_n_would_do():
-    v = decide_equivalence(runs(k5=1.0))
+@pytest.mark.parametrize(("means", "verdict", "qualifier", "numbers"), [
+    # To 1.977 at 90 %; the 95 % end, 2.39, would not do.
+    ({5: 0.8}, "holds", "K = 5", (0.8, -0.3767, 1.9767)),
+    ({30: -0.8}, "holds", "K = 30", (-0.8, -1.9767, 0.3767)),
+    ({30: -3.6}, "does not hold", "K = 30", (-3.6, -5.1912, -2.0088)),
+    # Only the 90 % interval lies outside: from 2.0233, at 95 % from 1.609.
+    ({5: 3.2}, "inconclusive", None, (3.2, 2.0233, 4.3767)),
     # 2.0150 / sqrt(6) = 0.823 < 1, 2.1318 / sqrt(5) = 0.953 < 1
-    assert (v.verdict, v.n_needed) == ("inconclusive", 5)
-    assert v.qualifier == "K = 5; n = 5 would decide"
-    v = decide_equivalence(runs(k5=1.0, k10=3.0))  # one K outside would refute: 7, as above
-    assert (v.verdict, v.n_needed) == ("inconclusive", 7)
+    ({5: 1.0}, "inconclusive", "K = 5; n = 5 would decide", (1.0, -0.1767, 2.1767)),
+    # One K outside would refute: 7, as above.
+    ({5: 1.0, 10: 3.0}, "inconclusive", "K = 10; n = 7 would decide", (3.0, 1.8233, 4.1767)),
+])
+def test_equivalence_by_hand(means, verdict, qualifier, numbers):
+    """Deviation 1, n = 4: a 90 % half-width of 1.1767, a 95 % one of 1.5912; the bound is 2."""
+    v = decide_equivalence({k: NOISE + means.get(k, 0.0) for k in COMPARED_K})
+    assert v.verdict == verdict and qualifier in (None, v.qualifier)
+    np.testing.assert_allclose([v.mean, v.low, v.high], numbers, atol=1e-4)
 
 
 def test_equivalence_without_all_five_is_not_tested():
-    records = runs()
-    del records[15]
-    v = decide_equivalence(records)
+    v = decide_equivalence({k: NOISE for k in COMPARED_K if k != 15})
     assert (v.verdict, v.n) == ("not tested", 0) and "K = 15" in v.qualifier
 
 
 def test_the_flips_of_many_pairs_are_drawn_once(tmp_path, monkeypatch):
     """A ledger decides every cell several times, and 100,000 flips of 10,000 pairs take seconds."""
+    def kept():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "calls").glob("*.npz")}
+
     monkeypatch.setenv("TSP_CACHE", str(tmp_path))
     d = np.random.default_rng(0).standard_normal(40) + 0.3
-    first = decide(d, 1.0)
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "calls").glob("*.npz")}
-    assert len(kept) == 1 and first.p == decisions.sign_flip_p(d)
-    assert decide(d, 0.5).p == first.p
-    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "calls").glob("*.npz")}
+    first, at_first = decide(d, 1.0), kept()
+    assert len(at_first) == 1 and first.p == decisions.sign_flip_p(d)
+    assert decide(d, 0.5).p == first.p and kept() == at_first
     assert decide(d + 0.1, 1.0).p != first.p

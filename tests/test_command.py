@@ -15,43 +15,49 @@ from experiments.__main__ import parser as experiments
 from tsp_utils.__main__ import main, parser
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("reproduce", "figures", "refresh", "cluster")
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
-def command(*arguments, module: str = "tsp_utils") -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120)
+def call(*command, **options) -> subprocess.CompletedProcess:
+    options = dict(cwd=ROOT, text=True, capture_output=True, timeout=120) | options
+    return subprocess.run(command, **options)
 
 
-def failure(monkeypatch, *arguments) -> str:
+@pytest.fixture
+def failure(monkeypatch):
     """What `python -m tsp_utils ARGUMENTS` exits with, in this process; a text is status 1."""
-    monkeypatch.setattr(sys, "argv", ["tsp_utils", *arguments])
-    monkeypatch.delitem(sys.modules, "tsp_utils.__main__", raising=False)
-    with pytest.raises(SystemExit) as left:
-        runpy.run_module("tsp_utils", run_name="__main__")
-    return left.value.code
+    def of(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["tsp_utils", *arguments])
+        monkeypatch.delitem(sys.modules, "tsp_utils.__main__", raising=False)
+        with pytest.raises(SystemExit) as left:
+            runpy.run_module("tsp_utils", run_name="__main__")
+        return left.value.code
+
+    return of
 
 
 def is_one_sentence(text: str) -> bool:
     return text.startswith("error: ") and text.rstrip("\n").count("\n") == 0
 
 
-def test_help_lists_every_command():
-    done = command("--help")
+@pytest.mark.parametrize(("module", "names"), [
+    ("tsp_utils", ["reproduce", "figures", "refresh", "cluster"]), ("experiments", EXPERIMENTS)])
+def test_help_lists_every_command(module, names):
+    done = call(sys.executable, "-m", module, "--help")
     assert done.returncode == 0 and done.stderr == ""
-    assert all(name in done.stdout for name in COMMANDS)
-    done = command("--help", module="experiments")
-    assert done.returncode == 0 and all(name in done.stdout for name in EXPERIMENTS)
+    assert all(name in done.stdout for name in names)
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["reproduce", "--profile", "ofline"], "'ofline' is not known; the nearest one is 'offline'"),
-    (["reproduce", "--profile", "tiny", "--set", "n_neighbor=5"], "nearest one is 'n_neighbors'"),
-])
-def test_bad_arguments_end_in_one_sentence(arguments, sentence):
-    done = command(*arguments)
-    assert done.returncode == 1 and done.stdout == ""
-    assert sentence in done.stderr and is_one_sentence(done.stderr)
+    ("reproduce --profile ofline", "'ofline' is not known; the nearest one is 'offline'"),
+    ("reproduce --profile tiny --set n_neighbor=5", "nearest one is 'n_neighbors'"),
+    ("figures --profile tiny", "run make reproduce PROFILE=tiny first")])
+def test_what_cannot_be_done_ends_in_one_sentence(failure, tmp_path, monkeypatch, capsys,
+                                                  arguments, sentence):
+    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path)
+    error = failure(*arguments.split())
+    assert is_one_sentence(error) and sentence in error and capsys.readouterr().out == ""
+    assert not (ROOT / "figures" / "tiny").exists()
 
 
 @pytest.mark.parametrize("parse, arguments", [
@@ -63,21 +69,13 @@ def test_what_is_no_command_is_refused(parse, arguments, capsys):
     assert left.value.code == 2 and "error:" in capsys.readouterr().err
 
 
-def test_figures_before_a_run_says_what_to_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path)
-    error = failure(monkeypatch, "figures", "--profile", "tiny")
-    assert is_one_sentence(error) and "run make reproduce PROFILE=tiny first" in error
-    assert not (ROOT / "figures" / "tiny").exists()
-
-
-def test_a_failing_notebook_ends_in_one_sentence(monkeypatch):
+def test_a_failing_notebook_ends_in_one_sentence(failure, monkeypatch):
     def fails(*_, **__):
         yield "00_overview", "ran", 1.0
-        raise RuntimeError("01_feature_extraction.ipynb failed in code cell 3")
+        raise RuntimeError("01_b.ipynb failed in code cell 3")
 
     monkeypatch.setattr("tsp_utils.study.runner.reproduce", fails)
-    assert failure(monkeypatch, "reproduce") == (
-        "error: 01_feature_extraction.ipynb failed in code cell 3")
+    assert failure("reproduce") == "error: 01_b.ipynb failed in code cell 3"
 
 
 def test_reproduce_passes_its_arguments_on_and_reports(monkeypatch, capsys):
@@ -115,26 +113,23 @@ if [ -n "$FAILS" ]; then case "$*" in *"$FAILS"*) exit 3;; esac; fi
     for name in ("Makefile", "requirements.lock"):
         if not (place / name).exists():
             shutil.copy(ROOT / name, place)
-    return subprocess.run(["make", "setup", f"PYTHON3={fake}"], cwd=place, text=True,
-                          capture_output=True, env=os.environ | environ)
-
-
-needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+    return call("make", "setup", f"PYTHON3={fake}", cwd=place, env=os.environ | environ)
 
 
 @needs_make
 def test_set_up_once_until_the_lock_changes_and_again_after_it_stopped(tmp_path):
+    def said() -> list[str]:
+        assert set_up(tmp_path).returncode == 0
+        return (tmp_path / "said").read_text().splitlines()
+
     stopped = set_up(tmp_path, FAILS="-r requirements.lock")
     assert stopped.returncode and not (tmp_path / ".venv" / ".complete").exists()
-    assert set_up(tmp_path).returncode == 0
-    said = (tmp_path / "said").read_text().splitlines()
-    assert [line.split()[1] for line in said] == ["venv", "pip", "venv", "pip", "pip"]
-    assert "-r requirements.lock" in said[-2] and said[-1].endswith("-e .")
-    set_up(tmp_path)
-    assert (tmp_path / "said").read_text().splitlines() == said  # nothing more
+    first = said()
+    assert [line.split()[1] for line in first] == ["venv", "pip", "venv", "pip", "pip"]
+    assert "-r requirements.lock" in first[-2] and first[-1].endswith("-e .")
+    assert said() == first  # nothing more
     os.utime(tmp_path / "requirements.lock", (2**32, 2**32))
-    set_up(tmp_path)
-    assert len((tmp_path / "said").read_text().splitlines()) > len(said)
+    assert len(said()) > len(first)
 
 
 @needs_make
@@ -146,19 +141,14 @@ def test_another_python_is_refused(tmp_path, version):
 
 
 def test_a_python_without_the_packages_says_what_installs_them():
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", "import sys; sys.path.insert(0, '.'); "
-                           "sys.argv[1:] = ['reproduce']; import runpy; "
-                           "runpy.run_module('tsp_utils', run_name='__main__')"],
-                          cwd=ROOT, text=True, capture_output=True)
+    done = call(sys.executable, "-I", "-S", "-c", "import runpy, sys; sys.path.insert(0, '.'); "
+                "sys.argv[1:] = ['reproduce']; runpy.run_module('tsp_utils', run_name='__main__')")
     assert done.returncode == 1 and is_one_sentence(done.stderr) and "make setup" in done.stderr
 
 
-@pytest.mark.skipif(os.name == "nt", reason="make is a Unix tool here")
+@needs_make
 def test_make_help_is_the_default_and_lists_the_targets():
-    try:
-        done = subprocess.run(["make", "PYTHON=python"], cwd=ROOT, text=True, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("make is not installed")
+    done = call("make", "PYTHON=python")
     assert done.returncode == 0, done.stderr
     for target in ("help", "setup", "reproduce", "test", "notebooks", "refresh", "figures", "bench",
                    "clean"):

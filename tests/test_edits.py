@@ -1,9 +1,7 @@
 """What an edit makes old: the table in docs/architecture.md, worked out from what is reached."""
 
-import json
-from pathlib import Path
-
 import pytest
+from readings import PATHS, ROOT, code_of
 
 from tsp_utils.backbones import load_backbone
 from tsp_utils.cache import keys
@@ -13,7 +11,6 @@ from tsp_utils.scaling import Scaler
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.training import code_of_training
 
-ROOT = Path(__file__).resolve().parent.parent
 EDITS = {
     "a docstring, a comment, a type hint": None,
     "a plot's colour (`plots`), the page (`page`)": "plot_ledger",
@@ -30,35 +27,29 @@ EDITS = {
 }
 
 
+def names_in(reached: dict) -> set[str]:
+    return {text.split(":")[0].split(" = ")[0] for text in reached.values()}
+
+
 @pytest.fixture(scope="module")
 def reached():
     """Qualified names that each kind of result, and each notebook, reaches."""
     network = load_backbone("patch_kmeans", device="cpu")
-    found = {"features": [_feature_batches, *code_that_sees(network, None)],
-             "K-means": [kmeans, Scaler.fit, Scaler.transform], "heads": code_of_training(
-                 load_study())}
-    names = {what: names_in(keys._reached(functions, set())) for what, functions in found.items()}
-    texts, digest = {}, keys._digest
-    keys._digest = lambda reached: names_in(reached)
-    try:
-        for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-            texts[path.stem[:2]] = keys.code_called_by("\n".join(
-                "".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
-    finally:
-        keys._digest = digest
-    return names, texts
-
-
-def names_in(reached: dict) -> set[str]:
-    return {text.split(":")[0].split(" = ")[0] for text in reached.values()}
+    kinds = {"features": [_feature_batches, *code_that_sees(network, None)],
+             "K-means": [kmeans, Scaler.fit, Scaler.transform],
+             "heads": code_of_training(load_study())}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys, "_digest", names_in)
+        notebooks = {path.stem[:2]: keys.code_called_by(code_of(path)) for path in PATHS}
+    return {kind: names_in(keys._reached(functions, set()))
+            for kind, functions in kinds.items()}, notebooks
 
 
 def test_the_table_of_edits_is_what_is_reached(reached):
     kinds, notebooks = reached
     lines = []
     for edit, name in EDITS.items():
-        old = ["yes" if name in kinds[kind] else "" for kind in ("features", "K-means", "heads")]
+        old = ["yes" if name in names else "" for names in kinds.values()]
         rerun = [number for number, names in notebooks.items() if name in names]
         lines.append(f"| {edit} | {' | '.join(old)} | {', '.join(rerun) or 'none'} |")
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -68,5 +59,5 @@ def test_the_table_of_edits_is_what_is_reached(reached):
 def test_edits_of_what_trains_reach_far_and_edits_of_what_draws_reach_nothing(reached):
     kinds, notebooks = reached
     assert {"03", "04", "05"} <= {n for n, names in notebooks.items() if "tsp_loss" in names}
-    for nothing in ("plot_ledger", "folder_page", "set_style"):
-        assert not any(nothing in names for names in [*kinds.values(), *notebooks.values()])
+    everything = set().union(*kinds.values(), *notebooks.values())
+    assert not everything & {"plot_ledger", "folder_page", "set_style"}

@@ -2,7 +2,7 @@
 
 import json
 import logging
-import os  # noqa: F401 (the processes that `run` starts know this module's names)
+import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +12,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from tsp_utils.backbones import Backbone, BackboneSpec, load_backbone
+from tsp_utils.cache.rows import _Rows
+from tsp_utils.datasets import ImageDataset
 from tsp_utils.features import cached_features, extract_features
+from tsp_utils.image_folders import ImageFiles
+from tsp_utils.patch_kmeans import PatchKMeans
 
 HERE = Path(__file__).resolve().parent
 
@@ -36,51 +43,54 @@ class Plain:
 
     def encode(self, x):
         if self.stop_after is not None and self.rows >= self.stop_after:
-            self.stop()
+            x = self.stop(x)
         self.rows += len(x)
         weights = np.sin(np.arange(x.shape[1] * self.dim, dtype=np.float32))
         return x @ weights.reshape(-1, self.dim)
 
 
-class Drawn:
-    """A sequence of images that are made on access, so that they take no memory."""
-
-    def __init__(self, n, side=8):
-        self.n, self.side = n, side
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        if not 0 <= i < self.n:
-            raise IndexError(i)
-        return np.full((self.side, self.side, 3), i % 251, np.uint8)
+def images_of(n=100, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
 
 
-def make_dataset(n=100, seed=0, name="toy", split="test"):
-    images = np.random.default_rng(seed).integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
-    return SimpleNamespace(name=name, split=split, images=images)
+def kept(folder, images, backbone=None):
+    """Features by way of the cache, and how many of them the backbone had to make."""
+    backbone = backbone or Plain()
+    found = cached_features(backbone, SimpleNamespace(images=images), folder, 20, progress=False)
+    return found, backbone.rows
 
 
-def raise_(error):
+def plainly(images):
+    return extract_features(Plain(), images, 20, progress=False)
+
+
+def raise_(error, x):
     raise error
+
+
+def end_the_process(x):
+    os._exit(9)
+
+
+def with_nan(x):
+    x[3, 2] = np.nan
+    return x
 
 
 def files(folder):
     return sorted(p.name for p in Path(folder).iterdir() if p.suffix != ".lock")
 
 
-def run(code, *arguments, **options):
+def start(code, *arguments, before=()):
     """Run code in a Python of its own in which this module's names are known."""
     code = (f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
             f"from test_features import *\n{code}")
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run([*options.pop("before", []), *command], capture_output=True, text=True,
-                          timeout=120, **options)
+    return subprocess.Popen([*before, sys.executable, "-c", code, *map(str, arguments)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_extraction_is_the_backbone_on_every_batch():
-    images = make_dataset(103).images
+    images = images_of(103)
     got = extract_features(Plain(), images, batch_size=10, progress=False)
     assert got.shape == (103, 5) and got.dtype == np.float32
     np.testing.assert_allclose(got, Plain().encode(Plain().prepare(images)), rtol=1e-4, atol=1e-2)
@@ -91,9 +101,9 @@ def test_extraction_is_the_backbone_on_every_batch():
 
 def test_extraction_refuses_what_it_cannot_use():
     with pytest.raises(ValueError, match="0 images"):
-        extract_features(Plain(), np.zeros((0, 8, 8, 3), np.uint8))
+        extract_features(Plain(), images_of(0))
     with pytest.raises(ValueError, match=r"pass one of \[100, 5\]"):
-        extract_features(Plain(), make_dataset().images, out=np.empty((100, 4), np.float32))
+        extract_features(Plain(), images_of(), out=np.empty((100, 4), np.float32))
     mixed = [*np.zeros((4, 8, 8, 3), np.uint8), *np.zeros((4, 9, 9, 3), np.uint8)]
     same = Plain()
     same.encode = lambda x: x
@@ -101,119 +111,81 @@ def test_extraction_refuses_what_it_cannot_use():
         extract_features(same, mixed, batch_size=4, progress=False)
 
 
-def test_non_finite_features_name_backbone_and_first_row(tmp_path):
-    backbone = Plain()
-    encode = backbone.encode
-
-    def broken(x):
-        features = encode(x)
-        if backbone.rows > 40:
-            features[3, 2] = np.nan
-        return features
-
-    backbone.encode = broken
-    dataset = make_dataset()
+def test_non_finite_features_name_backbone_and_first_row_and_the_rows_before_are_kept(tmp_path):
+    broken = Plain(stop_after=40, stop=partial(with_nan))
     with pytest.raises(ValueError, match="plain gave NaN or infinite features, first in row 43"):
-        cached_features(backbone, dataset, tmp_path, batch_size=20, progress=False)
-    backbone.encode, backbone.rows = encode, 0  # mended: the forty good rows are kept
-    again = cached_features(backbone, dataset, tmp_path, batch_size=20, progress=False)
-    np.testing.assert_array_equal(again, extract_features(Plain(), dataset.images, 20, False))
+        kept(tmp_path, images_of(), broken)
+    again, n_made = kept(tmp_path, images_of())
+    assert n_made == 60
+    np.testing.assert_array_equal(again, plainly(images_of()))
 
 
-def test_a_hit_does_not_call_the_model_and_is_read_only(tmp_path):
-    dataset, first, second = make_dataset(), Plain(), Plain()
-    made = cached_features(first, dataset, tmp_path, progress=False)
-    np.testing.assert_array_equal(made, extract_features(Plain(), dataset.images, progress=False))
-    found = cached_features(second, dataset, tmp_path, progress=False)
-    assert (first.rows, second.rows) == (100, 0)
+def test_a_hit_in_tsp_cache_does_not_call_the_model_and_is_read_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path))
+    made, n_made = kept(None, images_of())
+    found, n_again = kept(None, images_of())
+    assert (n_made, n_again) == (100, 0)
+    np.testing.assert_array_equal(made, plainly(images_of()))
     np.testing.assert_array_equal(made, found)
     assert isinstance(found, np.memmap) and not found.flags.writeable
-    assert [Path(name).suffix for name in files(tmp_path)] == [".f32", ".json", ".sums"]
-    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    folder = tmp_path / "features"
+    assert [Path(name).suffix for name in files(folder)] == [".f32", ".json", ".sums"]
+    record = json.loads(next(folder.glob("*.json")).read_text())
     assert record["dim"] == 5 and "torch" in record["made_with"]
     assert record["description"]["inputs"]["backbone"]["backbone"] == "plain"
 
 
-def test_a_path_or_an_array_in_place_of_a_data_set_is_refused(tmp_path):
-    for given, kind in (("photos", "str"), (make_dataset().images, "ndarray")):
-        with pytest.raises(TypeError, match=f"takes a data set, and this is of type {kind}: pass "
-                                            f"load_dataset"):
-            cached_features(Plain(), given, tmp_path)
+@pytest.mark.parametrize("given, kind", [("photos", "str"), (images_of(), "ndarray")])
+def test_a_path_or_an_array_in_place_of_a_data_set_is_refused(tmp_path, given, kind):
+    with pytest.raises(TypeError, match=f"takes a data set, and this is of type {kind}: pass "
+                                        f"load_dataset"):
+        cached_features(Plain(), given, tmp_path)
     assert files(tmp_path) == []
 
 
-def test_the_default_folder_is_in_tsp_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("TSP_CACHE", str(tmp_path))
-    cached_features(Plain(), make_dataset(), progress=False)
-    assert len(files(tmp_path / "features")) == 3
-
-
 def test_a_vector_depends_on_its_image_and_on_nothing_of_the_set(tmp_path):
-    dataset = make_dataset()
-    cached_features(Plain(), dataset, tmp_path, progress=False)
-    for name, split in (("other", "test"), ("toy", "train")):
-        backbone = Plain()
-        renamed = SimpleNamespace(name=name, split=split, images=dataset.images)
-        cached_features(backbone, renamed, tmp_path, progress=False)
-        assert backbone.rows == 0
-    backbone = Plain(version=2)
-    cached_features(backbone, dataset, tmp_path, progress=False)
-    assert backbone.rows == 100 and len(files(tmp_path)) == 6
+    backbone = Plain()
+    for name, split in (("toy", "test"), ("other", "test"), ("toy", "train")):
+        cached_features(backbone, ImageDataset(name, split, images_of()), tmp_path, progress=False)
+        assert backbone.rows == 100
+    assert kept(tmp_path, images_of(), Plain(version=2))[1] == 100 and len(files(tmp_path)) == 6
 
 
 @pytest.mark.parametrize("place", [0, 50, 100])
 def test_one_image_more_costs_one(tmp_path, place):
-    dataset, added = make_dataset(), make_dataset(n=1, seed=7).images
-    cached_features(Plain(), dataset, tmp_path, progress=False)
-    grown = SimpleNamespace(name="toy", split="test",
-                            images=np.insert(dataset.images, place, added[0], axis=0))
-    backbone = Plain()
-    got = cached_features(backbone, grown, tmp_path, batch_size=20, progress=False)
-    assert backbone.rows == 1 and isinstance(got, np.memmap) and not got.flags.writeable
-    np.testing.assert_allclose(got, extract_features(Plain(), grown.images, progress=False),
-                               rtol=1e-5, atol=1e-2)
-    backbone = Plain()
-    fewer = SimpleNamespace(name="toy", split="test", images=grown.images[::-3])
-    np.testing.assert_array_equal(cached_features(backbone, fewer, tmp_path), got[::-3])
-    assert backbone.rows == 0
+    kept(tmp_path, images_of())
+    grown = np.insert(images_of(), place, images_of(n=1, seed=7)[0], axis=0)
+    got, n_made = kept(tmp_path, grown)
+    assert n_made == 1 and isinstance(got, np.memmap) and not got.flags.writeable
+    np.testing.assert_allclose(got, plainly(grown), rtol=1e-5, atol=1e-2)
+    fewer, n_made = kept(tmp_path, grown[::-3])
+    np.testing.assert_array_equal(fewer, got[::-3])
+    assert n_made == 0
 
 
 def test_duplicates_cost_one_and_come_back_in_their_places(tmp_path):
-    images = make_dataset(n=10).images[[0, 3, 3, 0, 9, 3]]
-    backbone = Plain()
-    got = cached_features(backbone, SimpleNamespace(images=images), tmp_path, progress=False)
-    assert backbone.rows == 3
-    np.testing.assert_array_equal(got, extract_features(Plain(), images, progress=False))
+    images = images_of(10)[[0, 3, 3, 0, 9, 3]]
+    got, n_made = kept(tmp_path, images)
+    assert n_made == 3
+    np.testing.assert_array_equal(got, plainly(images))
 
 
 def test_files_count_by_their_content_whatever_their_names(tmp_path):
-    from PIL import Image
-
-    from tsp_utils.image_folders import ImageFiles
-
-    for i, image in enumerate(make_dataset(n=6).images):
-        Image.fromarray(image).save(tmp_path / f"{i}.png")
     names = [f"{i}.png" for i in range(6)]
-
-    def extracted(names):
-        backbone = Plain()
-        images = SimpleNamespace(images=ImageFiles(tmp_path, names))
-        return cached_features(backbone, images, tmp_path / "cache", progress=False), backbone.rows
-
-    first, n = extracted(names)
-    assert n == 6
+    for name, image in zip(names, images_of(6), strict=True):
+        Image.fromarray(image).save(tmp_path / name)
+    first, n_made = kept(tmp_path / "cache", ImageFiles(tmp_path, names))
+    assert n_made == 6
     (tmp_path / "2.png").rename(tmp_path / "a new name.png")
-    again, n = extracted([*names[:2], *names[3:], "a new name.png"])
-    assert n == 0
+    renamed = ImageFiles(tmp_path, [*names[:2], *names[3:], "a new name.png"])
+    again, n_made = kept(tmp_path / "cache", renamed)
+    assert n_made == 0
     np.testing.assert_array_equal(again, first[[0, 1, 3, 4, 5, 2]])
 
 
 def test_edited_code_is_run_and_not_read_back(tmp_path, monkeypatch):
     """What a reader does: change `prepare`, or the network, and look."""
-    from tsp_utils.backbones import Backbone, load_backbone
-    from tsp_utils.patch_kmeans import PatchKMeans
-
-    dataset = SimpleNamespace(images=make_dataset(n=4).images)
+    dataset = SimpleNamespace(images=images_of(4))
     network = load_backbone("patch_kmeans", device="cpu")
     before = np.array(cached_features(network, dataset, tmp_path, progress=False))
     prepare, forward = Backbone.prepare, PatchKMeans.forward
@@ -227,100 +199,70 @@ def test_edited_code_is_run_and_not_read_back(tmp_path, monkeypatch):
     np.testing.assert_array_equal(cached_features(network, dataset, tmp_path), before)
 
 
-def test_the_key_changes_with_weights_transform_pixels_and_dtype(tmp_path):
-    torch = pytest.importorskip("torch")
-    from tsp_utils.backbones import Backbone, BackboneSpec
-
-    def build(scale=1.0, dtype=torch.float32, **options):
+def test_the_key_changes_with_weights_transform_and_dtype(tmp_path):
+    def extract(scale=1.0, dtype=torch.float32, **options):
         spec = BackboneSpec("tiny", "tiny", **{"input_size": 8, "dim": 4, **options})
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
         with torch.no_grad():
             for weights in model.parameters():
                 weights.fill_(scale)
-        return Backbone(spec, model, torch.device("cpu"), dtype)
+        backbone = Backbone(spec, model, torch.device("cpu"), dtype)
+        cached_features(backbone, SimpleNamespace(images=images_of(8)), tmp_path, progress=False)
+        return len(files(tmp_path)) // 3
 
-    dataset = make_dataset(n=8)
-    variants = [(build(), dataset), (build(2.0), dataset), (build(mean=(0.5,) * 3), dataset),
-                (build(interpolation="bilinear"), dataset), (build(std=(0.5,) * 3), dataset),
-                (build(dtype=torch.bfloat16), dataset)]
-    for backbone, data in variants:
-        cached_features(backbone, data, tmp_path, progress=False)
-    assert len(files(tmp_path)) == 3 * len(variants)
-    cached_features(build(), dataset, tmp_path, progress=False)
-    assert len(files(tmp_path)) == 3 * len(variants)
+    variants = [{}, {"scale": 2.0}, {"mean": (0.5,) * 3}, {"std": (0.5,) * 3},
+                {"interpolation": "bilinear"}, {"dtype": torch.bfloat16}, {}]
+    assert [extract(**variant) for variant in variants] == [1, 2, 3, 4, 5, 6, 6]
 
 
-def test_interrupted_extraction_does_only_the_remaining_rows(tmp_path):
-    dataset = make_dataset(105)
-    stopped = Plain(stop_after=60, stop=partial(raise_, KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        cached_features(stopped, dataset, tmp_path, batch_size=20, progress=False)
-    resumed = Plain()
-    got = cached_features(resumed, dataset, tmp_path, batch_size=20, progress=False)
-    assert resumed.rows == 45
-    whole = extract_features(Plain(), dataset.images, batch_size=20, progress=False)
-    np.testing.assert_array_equal(got, whole)
-    assert len(files(tmp_path)) == 3
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory"),
+                                   OSError("a torn JPEG")])
+def test_after_an_error_which_is_its_own_only_the_remaining_rows_are_made(tmp_path, error):
+    with pytest.raises(type(error), match=f"^{error}$"):
+        kept(tmp_path, images_of(105), Plain(stop_after=60, stop=partial(raise_, error)))
+    got, n_made = kept(tmp_path, images_of(105))
+    assert n_made == 45 and len(files(tmp_path)) == 3
+    np.testing.assert_array_equal(got, plainly(images_of(105)))
 
 
 def test_a_killed_process_leaves_rows_that_the_next_goes_on_from(tmp_path):
-    done = run("cached_features(Plain(stop_after=60, stop=partial(os._exit, 9)), make_dataset(105),"
-               "sys.argv[1], batch_size=20, progress=False)", tmp_path)
-    assert done.returncode == 9, done.stderr
+    killed = start("kept(sys.argv[1], images_of(105),"
+                   "     Plain(stop_after=60, stop=partial(end_the_process)))", tmp_path)
+    _, errors = killed.communicate(timeout=120)
+    assert killed.returncode == 9, errors
     for kind in ("f32", "sums"):  # what the kill tore
         with open(next(tmp_path.glob(f"*.{kind}")), "ab") as file:
             file.write(b"torn")
-    resumed, dataset = Plain(), make_dataset(105)
-    got = cached_features(resumed, dataset, tmp_path, batch_size=20, progress=False)
-    assert resumed.rows == 45
-    whole = extract_features(Plain(), dataset.images, batch_size=20, progress=False)
-    np.testing.assert_array_equal(got, whole)
+    got, n_made = kept(tmp_path, images_of(105))
+    assert n_made == 45
+    np.testing.assert_array_equal(got, plainly(images_of(105)))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), OSError("a torn JPEG")])
-def test_what_was_made_stays_after_an_error_and_the_error_is_its_own(tmp_path, error):
-    failing, resumed = Plain(stop_after=40, stop=partial(raise_, error)), Plain()
-    with pytest.raises(type(error), match=str(error)):
-        cached_features(failing, make_dataset(), tmp_path, batch_size=20, progress=False)
-    cached_features(resumed, make_dataset(), tmp_path, batch_size=20, progress=False)
-    assert resumed.rows == 60
-
-
-@pytest.mark.parametrize("damage, rows", [
-    ("truncated", 5), ("one byte", 1), ("no json", 100), ("json torn", 100), ("no sums", 100),
-    ("other description", 100)])
-def test_rows_that_do_not_match_are_named_and_made_again(tmp_path, caplog, damage, rows):
-    dataset = make_dataset()
-    good = np.array(cached_features(Plain(), dataset, tmp_path, progress=False))
-    data, about, sums = (next(tmp_path.glob(f"*.{kind}")) for kind in ("f32", "json", "sums"))
-    content = bytearray(data.read_bytes())
-    if damage == "truncated":
-        data.write_bytes(content[:-90])
-    elif damage == "one byte":
-        content[-7] ^= 1
-        data.write_bytes(content)
-    elif damage == "no json":
-        about.unlink()
-    elif damage == "json torn":
-        about.write_text(about.read_text()[:30])
-    elif damage == "no sums":
-        sums.unlink()
+@pytest.mark.parametrize("kind, damage, lost, named", [
+    ("f32", lambda content: content[:-90], 5, False),  # as after a kill
+    ("f32", lambda content: content[:-7] + bytes([content[-7] ^ 1]) + content[-6:], 1, True),
+    ("json", None, 100, True),
+    ("json", lambda content: content[:30], 100, True),
+    ("json", lambda content: content.replace(b'"plain"', b'"other"'), 100, True),
+    ("sums", None, 100, False),
+])
+def test_rows_that_do_not_match_are_named_and_made_again(tmp_path, caplog, kind, damage, lost,
+                                                         named):
+    good = np.array(kept(tmp_path, images_of())[0])
+    (path,) = tmp_path.glob(f"*.{kind}")
+    if damage is None:
+        path.unlink()
     else:
-        about.write_text(about.read_text().replace('"plain"', '"other"'))
-    backbone = Plain()
+        path.write_bytes(damage(path.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        got = cached_features(backbone, dataset, tmp_path, progress=False)
+        got, n_made = kept(tmp_path, images_of())
     np.testing.assert_allclose(got, good, rtol=1e-6, atol=1e-3)
-    assert backbone.rows == rows
-    assert str(data) in caplog.text or damage in ("truncated", "no sums")  # as after a kill
+    assert n_made == lost and (str(path.with_suffix(".f32")) in caplog.text or not named)
 
 
 READ_ONLY = """
-folder, expected = sys.argv[1:]
-backbone = Plain()
 try:
-    cached_features(backbone, make_dataset(n=int(expected)), folder, progress=False)
-    print("used", backbone.rows)
+    print("used", kept(sys.argv[1], images_of(int(sys.argv[2])))[1])
 except OSError as error:
     print("refused", error)
 """
@@ -330,28 +272,26 @@ def test_a_read_only_folder_is_read_but_not_written(tmp_path):
     if shutil.which("unshare") is None or subprocess.run(
             ["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("mounting a folder read-only is not permitted here")
-    cached_features(Plain(), make_dataset(n=100), tmp_path, progress=False)
+    kept(tmp_path, images_of())
     before = ["unshare", "-m", "sh", "-c", f'mount --bind "{tmp_path}" "{tmp_path}" && '
               f'mount -o remount,bind,ro "{tmp_path}" && exec "$@"', "sh"]
-    done = run(READ_ONLY, tmp_path, 100, before=before)
-    if "mount" in done.stderr:
+    said, errors = start(READ_ONLY, tmp_path, 100, before=before).communicate(timeout=120)
+    if "mount" in errors:
         pytest.skip("mounting a folder read-only is not permitted here")
-    assert done.stdout.strip() == "used 0", done.stderr
-    done = run(READ_ONLY, tmp_path, 101, before=before)
-    assert done.stdout.startswith(f"refused the cache folder {tmp_path}"), done.stderr
-    assert "TSP_CACHE" in done.stdout and len(done.stdout.strip().splitlines()) == 1
+    assert said.strip() == "used 0", errors
+    said, errors = start(READ_ONLY, tmp_path, 101, before=before).communicate(timeout=120)
+    assert said.startswith(f"refused the cache folder {tmp_path}"), errors
+    assert "TSP_CACHE" in said and len(said.strip().splitlines()) == 1
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cache folder .*file.inside cannot be written.*TSP_CACHE"):
-        cached_features(Plain(), make_dataset(), tmp_path / "file" / "inside", progress=False)
+        kept(tmp_path / "file" / "inside", images_of())
 
 
 @pytest.mark.parametrize("full_at", [1, 3])
 def test_a_disk_that_fills_up_is_one_sentence_and_spoils_nothing(tmp_path, monkeypatch, full_at):
-    from tsp_utils.cache import _Rows
-
     append, writes = _Rows.append, []
 
     def full(store, digests, block):
@@ -364,46 +304,39 @@ def test_a_disk_that_fills_up_is_one_sentence_and_spoils_nothing(tmp_path, monke
 
     monkeypatch.setattr(_Rows, "append", full)
     with pytest.raises(OSError, match=r"No space left on device"):
-        cached_features(Plain(), make_dataset(), tmp_path, batch_size=20, progress=False)
-    backbone = Plain()
-    got = cached_features(backbone, make_dataset(), tmp_path, batch_size=20, progress=False)
-    assert backbone.rows == 100 - 20 * (full_at - 1)
-    np.testing.assert_array_equal(got, extract_features(Plain(), make_dataset().images, 20, False))
+        kept(tmp_path, images_of())
+    got, n_made = kept(tmp_path, images_of())
+    assert n_made == 100 - 20 * (full_at - 1)
+    np.testing.assert_array_equal(got, plainly(images_of()))
+
+
+SLOWLY = """
+import time
+backbone = Plain()
+encode = backbone.encode
+backbone.encode = lambda x: (time.sleep(0.05), encode(x))[1]
+print(kept(sys.argv[1], images_of(400), backbone)[1])
+"""
 
 
 def test_two_processes_at_once_extract_once(tmp_path):
-    code = (f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
-            "from test_features import *\nimport time\nbackbone = Plain()\n"
-            "encode = backbone.encode\n"
-            "backbone.encode = lambda x: (time.sleep(0.05), encode(x))[1]\n"
-            "cached_features(backbone, make_dataset(400), sys.argv[1], 20, progress=False)\n"
-            "print(backbone.rows)")
-    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    both = [start(SLOWLY, tmp_path) for _ in range(2)]
     ends = [process.communicate(timeout=120) for process in both]
     assert sorted(out.strip() for out, _ in ends) == ["0", "400"], ends
-    dataset = make_dataset(400)
-    np.testing.assert_array_equal(
-        cached_features(Plain(), dataset, tmp_path, 20, progress=False),
-        extract_features(Plain(), dataset.images, 20, progress=False))
+    np.testing.assert_array_equal(kept(tmp_path, images_of(400))[0], plainly(images_of(400)))
 
 
 MEMORY = """
-def peak():
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
 for n in (2_000, 20_000):
-    dataset = SimpleNamespace(name="drawn", split="test", images=Drawn(n))
-    features = cached_features(Plain(dim=2048), dataset, sys.argv[1], progress=False)
-    assert features.shape == (n, 2048)
-    print(peak())
+    assert kept(sys.argv[1], images_of(n), Plain(dim=2048))[0].shape == (n, 2048)
+    lines = open("/proc/self/status").read().splitlines()
+    print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's peak memory")
 def test_peak_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    done = run(MEMORY, tmp_path)
-    assert done.returncode == 0, done.stderr
-    small, large = map(float, done.stdout.split())  # MB
+    said, errors = start(MEMORY, tmp_path).communicate(timeout=120)
+    assert said.count("\n") == 2, errors
+    small, large = map(float, said.split())  # MB
     assert large - small < 20  # the features of 20,000 images are 156 MB, of 2,000 16 MB

@@ -1,37 +1,51 @@
-"""Fine-tuning: the frozen arm moves nothing, the others what they name, and the loss falls."""
+"""Fine-tuning: what is named moves and nothing else; the last blocks alone as the whole network."""
 
+import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import experiments.finetuning as finetuning_runs
+from experiments import finetuning_map
+from experiments.finetuning_map import LOSSES, RUNS, _of_seed, augmented
 from tsp_utils import LinearHeads, init_heads, load_dataset, scale_features
 from tsp_utils.backbones import load_backbone
 from tsp_utils.features import extract_features
 from tsp_utils.losses import tsp_loss
 from tsp_utils.neighbors import nearest_neighbors
-from tsp_utils.systems.finetune import finetune
+from tsp_utils.paths import shipped_records
+from tsp_utils.systems.finetune import LastBlocks, finetune, train_together
+from tsp_utils.systems.icbpl import ICBPLHeads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IMAGES = load_dataset("fashion-mnist", "test").images[:300]
+COLORED = np.pad(IMAGES, ((0, 0), (2, 2), (2, 2), (0, 0))).repeat(3, 3)  # 32 px, three channels
+
+
+def vit():
+    return load_backbone("vit_nano_cpu", "cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def start():
-    backbone = load_backbone("vit_nano_cpu", "cpu", dtype="float32")
+    backbone = vit()
     raw = extract_features(backbone, IMAGES, progress=False)
     features = scale_features(raw)
-    scale = float(np.linalg.norm(features[0]) / np.linalg.norm(raw[0]))
-    return backbone, init_heads(features, 5, seeds=[0]), features, scale
+    return SimpleNamespace(backbone=backbone, features=features,
+                           heads=init_heads(features, 5, seeds=[0]),
+                           scale=float(np.linalg.norm(features[0]) / np.linalg.norm(raw[0])))
 
 
-def copy_of(heads):
-    copy = LinearHeads(heads.weight.detach(), heads.seeds)
-    copy.bias.data = heads.bias.detach().clone()
-    return copy
+def tuned(start, **settings):
+    """A fine-tuned copy of the backbone, and of the head."""
+    head = copy.deepcopy(start.heads)
+    backbone = finetune(start.backbone, head, IMAGES, **dict(
+        scale=start.scale, learning_rate=3e-4, n_epochs=1, batch_size=64) | settings)
+    return backbone, head
 
 
 def moved(before, after) -> set[str]:
@@ -42,30 +56,23 @@ def moved(before, after) -> set[str]:
 
 @pytest.mark.parametrize("trained", ["nothing", "last block", "backbone"])
 def test_what_is_named_moves_and_nothing_else(start, trained):
-    backbone, heads, _, scale = start
-    head = copy_of(heads)
-    tuned = finetune(backbone, head, IMAGES, scale=scale, trained=trained, learning_rate=1e-3,
-                     n_epochs=1, batch_size=64)
-    assert not torch.equal(head.weight, heads.weight)
-    names = moved(backbone, tuned)
+    backbone, head = tuned(start, trained=trained)
+    assert not torch.equal(head.weight, start.heads.weight)
+    names = moved(start.backbone, backbone)
     if trained == "nothing":
         assert names == set()
     elif trained == "last block":
         assert names and all(name.startswith(("blocks.3.", "norm", "fc_norm")) for name in names)
     else:
         assert {name for name in names if name.startswith("blocks.0.")}
-    assert moved(backbone, load_backbone("vit_nano_cpu", "cpu", dtype="float32")) == set()
+    assert moved(start.backbone, vit()) == set()
 
 
 def test_the_loss_falls_further_than_with_a_frozen_backbone(start):
-    backbone, heads, features, scale = start
-
     def loss_after(trained):
-        head = copy_of(heads)
-        # at 1e-3 it depends on the last digits where it ends, and so on the processor
-        tuned = finetune(backbone, head, IMAGES, scale=scale, trained=trained, learning_rate=3e-4,
-                         n_epochs=8, batch_size=64)
-        x = extract_features(tuned, IMAGES, progress=False) * np.float32(scale)
+        # at a rate of 1e-3 it depends on the last digits where it ends, and so on the processor
+        backbone, head = tuned(start, trained=trained, n_epochs=8)
+        x = extract_features(backbone, IMAGES, progress=False) * np.float32(start.scale)
         nearest = nearest_neighbors(x, 20).indices[:, 0]
         with torch.no_grad():
             logits = head(torch.from_numpy(x))[0]
@@ -75,25 +82,24 @@ def test_the_loss_falls_further_than_with_a_frozen_backbone(start):
 
 
 def test_same_seed_same_result_and_read_outs_before_and_after_each_epoch(start):
-    backbone, heads, _, scale = start
-    seen, weights = [], []
-    for _ in range(2):
-        head = copy_of(heads)
-        finetune(backbone, head, IMAGES, scale=scale, n_epochs=2, batch_size=64,
-                 callback=lambda epoch, *_: seen.append(epoch))
-        weights.append(head.weight.detach().clone())
+    seen = []
+    one, other = (tuned(start, n_epochs=2, callback=lambda epoch, *_: seen.append(epoch))[1]
+                  for _ in range(2))
     assert seen == [0, 1, 2] * 2
-    torch.testing.assert_close(weights[0], weights[1])
+    torch.testing.assert_close(one.weight, other.weight)
 
 
 def test_bad_input_is_one_sentence(start):
-    backbone, heads, _, _ = start
     with pytest.raises(ValueError, match="2 heads would pull one backbone"):
-        finetune(backbone, LinearHeads(np.zeros((2, 5, 128)), [0, 1]), IMAGES)
+        finetune(start.backbone, LinearHeads(np.zeros((2, 5, 128)), [0, 1]), IMAGES)
     with pytest.raises(ValueError, match="'head' cannot be trained; pass one of nothing"):
-        finetune(backbone, heads, IMAGES, trained="head")
+        tuned(start, trained="head")
     with pytest.raises(ValueError, match="300 images are fewer than a batch of 512"):
-        finetune(backbone, heads, IMAGES, batch_size=512)
+        tuned(start, batch_size=512)
+    with pytest.raises(ValueError, match="resnet_nano_cpu has no 1 last blocks; pass a vision"):
+        LastBlocks(load_backbone("resnet_nano_cpu", "cpu"), 1)
+    with pytest.raises(ValueError, match="has no 9 last blocks"):
+        LastBlocks(start.backbone, 9)
 
 
 def test_full_runs_share_their_start_and_are_resumed(monkeypatch, tmp_path):
@@ -101,19 +107,70 @@ def test_full_runs_share_their_start_and_are_resumed(monkeypatch, tmp_path):
         return load_dataset("fashion-mnist", "test").subset(
             slice(0, 400) if split == "train" else slice(400, 600))
 
+    variants = {"frozen": (1, dict(trained="nothing", n_epochs=1)), "1e-4": (1, dict(n_epochs=1))}
     for name, value in dict(load_dataset=load, N_IMAGES=300, N_SEEDS=1, MAP_POINTS=50,
-                            bundled_dir=lambda: tmp_path).items():
+                            bundled_dir=lambda: tmp_path, VARIANTS=variants).items():
         monkeypatch.setattr(finetuning_runs, name, value)
     monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(finetuning_runs, "VARIANTS", {
-        "frozen": (1, dict(trained="nothing", n_epochs=1)), "1e-4": (1, dict(n_epochs=1))})
     (tmp_path / "readouts").mkdir()
-    records = json.loads(finetuning_runs.run_finetuning().read_text())
-    assert [r["variant"] for r in records] == ["frozen", "1e-4"]
-    assert records[0]["epochs"][0] == records[1]["epochs"][0]  # the same start
-    assert records[0]["epochs"][0]["consistency"] == records[0]["epochs"][1]["consistency"]
-    assert records[1]["epochs"][0]["consistency"] != records[1]["epochs"][1]["consistency"]
+    frozen, learned = records = json.loads(finetuning_runs.run_finetuning().read_text())
+    assert [record["variant"] for record in records] == ["frozen", "1e-4"]
+    assert frozen["epochs"][0] == learned["epochs"][0]  # the same start
+    assert frozen["epochs"][0]["consistency"] == frozen["epochs"][1]["consistency"]
+    assert learned["epochs"][0]["consistency"] != learned["epochs"][1]["consistency"]
     assert (tmp_path / "readouts" / "finetuning_map.safetensors").exists()
     monkeypatch.setattr("tsp_utils.cache.entries.made_with", None)  # any run would fail
-    again = json.loads(finetuning_runs.run_finetuning().read_text())
-    assert again == records
+    assert json.loads(finetuning_runs.run_finetuning().read_text()) == records
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 4])
+def test_trunk_and_tail_are_the_backbone(start, n):
+    tail = LastBlocks(start.backbone, n)
+    found = tail.features(tail.tokens(start.backbone.prepare(IMAGES)))
+    np.testing.assert_allclose(found * start.scale, start.features, rtol=1e-3, atol=1e-4)
+
+
+def test_one_block_learns_as_in_finetune(start):
+    """The same draws, losses and steps: `finetune` with its last block is the reference."""
+    backbone, theirs = tuned(start, trained="last block", n_epochs=2)
+    tail, ours = LastBlocks(start.backbone, 1), copy.deepcopy(start.heads)
+    tokens = tail.tokens(start.backbone.prepare(IMAGES))
+    train_together(tail, ours, tokens, scale=start.scale, learning_rate=3e-4, n_epochs=2,
+                   batch_size=64)
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-2, atol=1e-3)
+    found = tail.features(tokens)
+    np.testing.assert_allclose(found, extract_features(backbone, IMAGES, progress=False), atol=0.02)
+    assert not np.allclose(found * start.scale, start.features, atol=0.02)  # it did move
+
+
+@pytest.mark.parametrize("n, moves", [(0, False), (2, True)])
+def test_frozen_moves_the_head_alone_and_the_backbone_never(start, n, moves):
+    centers = init_heads(start.features, 5, seeds=[0, 1]).weight.detach().numpy()
+    head = _of_seed(ICBPLHeads(centers, [0, 1]), 1)
+    assert head.seeds == (1,) and head.weight.shape[0] == 1
+    tail, own = LastBlocks(start.backbone, n), copy.deepcopy(head)
+    tokens = tail.tokens(start.backbone.prepare(IMAGES))
+    views = torch.stack([tail.tokens(augmented(COLORED, start.backbone, seed))
+                         for seed in range(2)], 1)
+    train_together(tail, own, tokens, views=views, scale=start.scale, learning_rate=1e-3,
+                   n_epochs=1, batch_size=64, **LOSSES["icbpl"])
+    assert not torch.equal(own.weight, head.weight)
+    assert np.allclose(tail.features(tokens) * start.scale, start.features, atol=1e-3) != moves
+    assert moved(start.backbone, vit()) == set()
+
+
+def test_views_are_other_pictures_of_the_same_image(start):
+    one, other, again = (augmented(COLORED[:8], start.backbone, seed) for seed in (0, 1, 0))
+    assert one.shape == (8, 3, 32, 32)
+    torch.testing.assert_close(one, again)
+    assert not torch.allclose(one, other, atol=0.1)
+
+
+def test_the_records_that_ship_are_of_these_sources_and_complete():
+    records = shipped_records("finetuning_map")
+    assert {record["code"] for record in records} == {finetuning_map.code_of_the_map()}
+    found = [(r["loss"], r["n_blocks"], r["learning_rate"], r["source"]) for r in records]
+    for *cell, n_seeds in RUNS:
+        assert found.count(tuple(cell)) == n_seeds
+    assert all([e["epoch"] for e in r["epochs"]] == [0, 1, 2, 3] for r in records)
+    assert finetuning_map.N_SEEDS == 5

@@ -1,30 +1,19 @@
 """Every head on the same features: tuning without labels, the table, what could not run."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from sklearn.metrics import adjusted_rand_score
 
 from experiments.heads import code_of_the_comparison
 from tsp_utils import load_study
 from tsp_utils.paths import shipped_records
 from tsp_utils.scaling import scale_features
-from tsp_utils.study.head_comparison import (
-    ABLATIONS,
-    METHODS,
-    TRIALS,
-    FeaturesToCluster,
-    NotRun,
-    compare_heads,
-    consensus,
-    linear_probe,
-    run_head,
-    scores_of,
-    tune,
-)
+from tsp_utils.study import head_comparison as comparison
+from tsp_utils.study.head_comparison import ABLATIONS, METHODS, FeaturesToCluster, run_head
 from tsp_utils.study.head_tables import heads_markdown, heads_table
 from tsp_utils.systems.rivals import RIVALS
 
@@ -37,50 +26,58 @@ def study(tmp_path, monkeypatch):
     return load_study("offline n_images=500 n_seeds=3 min_steps=20 batch_size=64")
 
 
-def test_consensus_is_the_majority_after_matching():
-    truth = np.array([0, 0, 1, 1, 2, 2])
-    first = truth
-    second = np.array([2, 2, 0, 0, 1, 1])  # the same, named differently
-    third = np.array([1, 1, 2, 0, 0, 0])  # one image elsewhere
-    assert adjusted_rand_score(truth, consensus(np.stack([first, second, third]), 0)) == 1
-    np.testing.assert_array_equal(consensus(np.stack([second, first, third]), 0), second)
-    # Two against one, where the reference is the one.
-    odd = np.array([0, 0, 1, 1, 2, 1])
-    np.testing.assert_array_equal(consensus(np.stack([odd, first, second]), 0), truth)
+@pytest.fixture
+def sets(study):
+    return study.fit_and_score("cifar10", "vit_nano_cpu")
 
 
-def test_all_methods_run_and_a_seed_is_a_row(study):
-    rows, trials = compare_heads(study, "cifar10", "vit_nano_cpu", [*METHODS, *ABLATIONS])
-    missing = rows[rows["acc"].isna()]
-    assert list(missing["method"]) == ["gmm"]
-    assert "need at least 1290 samples, and there are 500" in missing["not_run"].iloc[0]
-    counts = rows.dropna(subset="acc").groupby("method").size()
-    assert (counts.drop("tsp consensus") == 3).all() and counts["tsp consensus"] == 1
-    assert set(trials["method"]) == set(RIVALS)
-    assert (trials.groupby("method").size() == len(TRIALS)).all()
-    assert (trials.groupby("method")["chosen"].sum() == 1).all()
-    used = rows[rows["method"].isin(RIVALS)]
-    for method, own in trials.groupby("method"):
-        full = own[own["least_used"] == 10]
-        best = (full if len(full) else own).sort_values("loss").iloc[0]
-        chosen = used[used["method"] == method].iloc[0]
-        assert (chosen["learning_rate"], chosen["sharpness"]) == (
-            best["learning_rate"], best["sharpness"])
-
-
-def count_trainings(monkeypatch) -> list:
+@pytest.fixture
+def trainings(monkeypatch) -> list:
+    """Grows by one with every training."""
     trainings, train = [], FeaturesToCluster.train
     monkeypatch.setattr(FeaturesToCluster, "train",
                         lambda *args, **settings: trainings.append(1) or train(*args, **settings))
     return trainings
 
 
-def test_labels_shape_no_cluster(study, tmp_path, monkeypatch):
-    fit, score = study.fit_and_score("cifar10", "vit_nano_cpu")
-    mixed = [replace(found, labels=np.random.default_rng(0).permutation(found.labels))
-             for found in (fit, score)]
-    found, trainings = [], count_trainings(monkeypatch)
-    for name, pair in (("true", (fit, score)), ("shuffled", mixed)):
+def compared(study, *methods):
+    rows, trials = comparison.compare_heads(study, "cifar10", "vit_nano_cpu", methods)
+    return rows.set_index("method"), trials
+
+
+def shuffled(found):
+    return replace(found, labels=np.random.default_rng(0).permutation(found.labels))
+
+
+def test_consensus_is_the_majority_after_matching():
+    truth = np.array([0, 0, 1, 1, 2, 2])
+    renamed = np.array([2, 2, 0, 0, 1, 1])
+    elsewhere = np.array([1, 1, 2, 0, 0, 0])  # renamed, and one image in another cluster
+    odd = np.array([0, 0, 1, 1, 2, 1])  # the reference, and one against two
+    for clusters, expected in (((truth, renamed, elsewhere), truth),
+                               ((renamed, truth, elsewhere), renamed),
+                               ((odd, truth, renamed), truth)):
+        np.testing.assert_array_equal(comparison.consensus(np.stack(clusters), 0), expected)
+
+
+def test_all_methods_run_and_a_seed_is_a_row(study):
+    rows, trials = compared(study, *METHODS, *ABLATIONS)
+    assert list(rows.index[rows["acc"].isna()]) == ["gmm"]
+    assert "need at least 1290 samples, and there are 500" in rows.loc["gmm", "not_run"]
+    counts = rows["acc"].groupby("method").count().drop("gmm")
+    assert (counts.drop("tsp consensus") == 3).all() and counts["tsp consensus"] == 1
+    assert set(trials["method"]) == set(RIVALS)
+    for method, own in trials.groupby("method"):
+        assert len(own) == len(comparison.TRIALS) and own["chosen"].sum() == 1
+        full = own[own["least_used"] == 10]
+        best = (full if len(full) else own).sort_values("loss").iloc[0]
+        used = ["learning_rate", "sharpness"]
+        assert rows.loc[method, used].iloc[0].tolist() == best[used].tolist()
+
+
+def test_labels_shape_no_cluster(study, sets, trainings, tmp_path, monkeypatch):
+    found = []
+    for name, pair in (("true", sets), ("shuffled", map(shuffled, sets))):
         monkeypatch.setenv("TSP_CACHE", str(tmp_path / name))  # else the second would be read back
         found.append(run_head(FeaturesToCluster(study, *pair), "pica")["clusters"])
         # Four trials; the seeds that the best one trained are heads already.
@@ -96,18 +93,11 @@ def test_every_scaling_reaches_the_heads(study):
         np.testing.assert_allclose(data.scored, scale_features(score.features, scaling), rtol=1e-5)
 
 
-def test_an_unknown_method_stops_no_other(study):
-    rows, _ = compare_heads(study, "cifar10", "vit_nano_cpu", ["k-means", "kmeans", "scan"])
-    assert "the nearest one is 'k-means'" in rows.set_index("method").loc["kmeans", "not_run"]
-    assert rows.set_index("method").loc["scan", "acc"].notna().all()
-
-
 def test_a_method_that_cannot_run_stops_no_other_and_a_fault_is_not_hidden(study, monkeypatch):
     """A batch below C is a reason, told before any trial; an error of shapes is none."""
-    small = replace(study, batch_size=5)
-    rows, trials = compare_heads(small, "cifar10", "vit_nano_cpu", ("scan", "tsp consensus",
-                                                                 "k-means"))
-    rows = rows.set_index("method")
+    rows, trials = compared(replace(study, batch_size=5), "kmeans", "scan", "tsp consensus",
+                            "k-means")
+    assert "the nearest one is 'k-means'" in rows.loc["kmeans", "not_run"]
     assert "batches of 5 are smaller than the 10 clusters" in rows.loc["scan", "not_run"]
     assert "batches of 5" in rows.loc["tsp consensus", "not_run"] and trials.empty
     assert rows.loc["k-means", "acc"].notna().all()
@@ -117,12 +107,12 @@ def test_a_method_that_cannot_run_stops_no_other_and_a_fault_is_not_hidden(study
 
     monkeypatch.setitem(RIVALS, "scan", replace(RIVALS["scan"], loss=broken))
     with pytest.raises(ValueError, match="shapes"):
-        compare_heads(study, "cifar10", "vit_nano_cpu", ("scan", "k-means"))
+        compared(study, "scan", "k-means")
 
 
-def test_training_does_not_depend_on_what_is_scored_and_does_on_the_loss(study, monkeypatch):
-    fit, score = study.fit_and_score("cifar10", "vit_nano_cpu")
-    trainings = count_trainings(monkeypatch)
+def test_training_does_not_depend_on_what_is_scored_and_does_on_the_loss(
+        study, sets, trainings, monkeypatch):
+    fit, score = sets
     run_head(FeaturesToCluster(study, fit, score), "pica")
     run_head(FeaturesToCluster(study, fit, replace(score, features=score.features[:50])), "pica")
     assert len(trainings) == 4
@@ -135,53 +125,43 @@ def test_spectral_needs_the_images_themselves_and_says_so(study):
     fit = study.features("cifar10", "vit_nano_cpu")
     half = replace(fit, features=fit.features[::2], labels=fit.labels[::2])
     data = FeaturesToCluster(study, half, fit)
-    with pytest.raises(NotRun, match="only clusters the images that it is fitted on"):
-        scores_of(data, "spectral")
+    with pytest.raises(comparison.NotRun, match="only clusters the images that it is fitted on"):
+        comparison.scores_of(data, "spectral")
 
 
 def test_the_table_pairs_by_seed():
-    rng = np.random.default_rng(0)
-    rows = pd.DataFrame([
-        dict(dataset="d", backbone="b", protocol="all", method=method, seed=seed, acc=acc, nmi=1.0,
-             ari=1.0, n_used=10, learning_rate=1e-3, sharpness=1.0)
-        for method in ("tsp", "scan") for seed, acc in enumerate(rng.normal(30, 1, 10))])
-    rows = pd.concat([rows, pd.DataFrame([
-        dict(dataset="d", backbone="b", protocol="all", method="gmm", not_run="too few")])])
+    shared = dict(dataset="d", backbone="b", protocol="all")
+    acc = {method: np.random.default_rng(i).normal(30, 1, 10)
+           for i, method in enumerate(("tsp", "scan"))}
+    rows = pd.DataFrame([dict(shared, method="gmm", not_run="too few")] + [
+        dict(shared, method=method, seed=seed, acc=value, nmi=1.0, ari=1.0, n_used=10,
+             learning_rate=1e-3, sharpness=1.0)
+        for method, values in acc.items() for seed, value in enumerate(values)])
     table = heads_table(rows).set_index("method")
-    acc = rows.dropna(subset="acc").pivot(index="seed", columns="method", values="acc")
     interval = stats.ttest_rel(acc["scan"], acc["tsp"]).confidence_interval()
     assert table.loc["scan", ["low", "high"]].tolist() == pytest.approx(list(interval))
     assert np.isnan(table.loc["tsp", "minus_tsp"]) and table.loc["gmm", "not_run"] == "too few"
-    assert table.loc["scan", "acc_std"] == pytest.approx(acc["scan"].std())
+    assert table.loc["scan", "acc_std"] == pytest.approx(acc["scan"].std(ddof=1))
     probes = pd.DataFrame([dict(dataset="d", backbone="b", acc=50.0)])
     lines = heads_markdown(heads_table(rows), probes)
-    tsp, scan = (f"{acc[m].mean():.1f} ± {acc[m].std():.1f}" for m in ("tsp", "scan"))
+    tsp, scan = (f"{acc[m].mean():.1f} ± {acc[m].std(ddof=1):.1f}" for m in ("tsp", "scan"))
     assert f"| tsp | {tsp} |" in lines and f"| scan | {scan} (=) |" in lines
     assert "| gmm | not run |" in lines and "probe, with labels* | 50.00 |" in lines
 
 
-def test_tuning_sets_emptied_clusters_aside(study, monkeypatch):
-    data = FeaturesToCluster(study, *study.fit_and_score("cifar10", "vit_nano_cpu"))
-
-    class Heads:
-        def __init__(self, used):
-            self.used = used
-
-        def named_parameters(self):
-            return []
-
-        def predict(self, features):
-            return np.tile(np.arange(len(features)) % self.used, (3, 1))
-
-    losses = {(1e-4, 1.0): (-9.0, 7), (1e-4, 10.0): (-1.0, 10), (1e-3, 1.0): (-2.0, 10),
-              (1e-3, 10.0): (-8.0, 9)}
+def test_tuning_sets_emptied_clusters_aside(study, sets, monkeypatch):
+    ended = {(1e-4, 1.0): (-9.0, 7), (1e-4, 10.0): (-1.0, 10), (1e-3, 1.0): (-2.0, 10),
+             (1e-3, 10.0): (-8.0, 9)}  # loss and clusters in use
 
     def train(method, seeds, learning_rate, sharpness):
-        loss, used = losses[learning_rate, sharpness]
-        return Heads(used), np.full(len(seeds), loss)
+        loss, used = ended[learning_rate, sharpness]
+        heads = SimpleNamespace(named_parameters=list, predict=lambda features: np.tile(
+            np.arange(len(features)) % used, (3, 1)))
+        return heads, np.full(len(seeds), loss)
 
+    data = FeaturesToCluster(study, *sets)
     monkeypatch.setattr(data, "train", train)
-    chosen = tune(data, "iic").query("chosen").iloc[0]
+    chosen = comparison.tune(data, "iic").query("chosen").iloc[0]
     assert (chosen["learning_rate"], chosen["sharpness"]) == (1e-3, 1.0)
 
 
@@ -189,10 +169,9 @@ def test_the_probe_knows_labels_and_keeps_train_and_test_apart(study):
     fit = study.features("cifar10", "vit_nano_cpu")
     even, odd = (replace(fit, features=fit.features[i::2], labels=fit.labels[i::2])
                  for i in (0, 1))
-    across, within = linear_probe(even, odd), linear_probe(fit, fit)
-    assert 20 < across < 80 and 20 < within < 80  # fitted and scored on the same it is near 100
-    shuffled = replace(fit, labels=np.random.default_rng(0).permutation(fit.labels))
-    assert linear_probe(shuffled, shuffled) < 20
+    for pair in ((even, odd), (fit, fit)):  # fitted and scored on the same it is near 100
+        assert 20 < comparison.linear_probe(*pair) < 80
+    assert comparison.linear_probe(shuffled(fit), shuffled(fit)) < 20
 
 
 def test_the_records_that_ship_are_of_these_sources_and_complete():

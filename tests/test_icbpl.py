@@ -27,7 +27,7 @@ def test_the_simplex_is_regular(n_clusters, dim):
     np.testing.assert_allclose(corners.sum(0), 0, atol=1e-9)
 
 
-def test_too_few_dimensions_or_clusters_are_refused():
+def test_too_few_dimensions_or_clusters_and_unknown_terms_are_refused():
     with pytest.raises(ValueError, match="10 centres with equal angles need 9 dimensions and the "
                                          "embedding has 8; pass 9 or more"):
         simplex_centers(10, 8)
@@ -73,18 +73,18 @@ def test_the_start_sends_each_k_means_centre_to_its_corner():
 
 def test_the_loss_is_the_sum_of_its_weighted_terms():
     x, y, v = (torch.as_tensor(FEATURES[i : i + 50]).expand(2, 50, 16) for i in (0, 50, 100))
-    parts = {}
-    for name in ("mmd", "neighbor", "view", "center"):
-        others = {other: 0.0 for other in ("mmd", "neighbor", "view", "center") if other != name}
-        heads = ICBPLHeads(CENTERS, [0, 1], **others | {name: 1.0})
-        parts[name] = heads.loss(x, y, v).detach()
-    heads = ICBPLHeads(CENTERS, [0, 1], mmd=1.0, neighbor=2.0, view=3.0, center=4.0)
-    expected = parts["mmd"] + 2 * parts["neighbor"] + 3 * parts["view"] + 4 * parts["center"]
-    torch.testing.assert_close(heads.loss(x, y, v).detach(), expected)
-    z, zy = heads.embed(x), heads.embed(y)
-    torch.testing.assert_close(parts["neighbor"], (2 - 2 * (z * zy).sum(-1)).mean(-1).detach(),
-                               rtol=1e-4, atol=1e-5)  # |u - v|^2 of unit vectors
-    torch.testing.assert_close(parts["center"], (1 - heads(x).amax(-1)).mean(-1).detach())
+    terms = ("mmd", "neighbor", "view", "center")
+
+    def loss(*weights, v=v, **settings):
+        heads = ICBPLHeads(CENTERS, [0, 1], **dict(zip(terms, weights, strict=True)))
+        return heads.loss(x, y, v, **settings).detach()
+
+    mmd, neighbor, view, center = (loss(*row) for row in np.eye(4))
+    torch.testing.assert_close(loss(1.0, 2.0, 3.0, 4.0), mmd + 2 * neighbor + 3 * view + 4 * center)
+    heads = ICBPLHeads(CENTERS, [0, 1])
+    for other, found in ((y, neighbor), (v, view)):
+        apart = (heads.embed(x) - heads.embed(other)).square().sum(-1).mean(-1)
+        torch.testing.assert_close(found, apart.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(center, (1 - heads(x).amax(-1)).mean(-1).detach())
     # No views where there are no images, and no nearest centre before the warm-up is over.
-    early = heads.loss(x, y, None, progress=0.1).detach()
-    torch.testing.assert_close(early, parts["mmd"] + 2 * parts["neighbor"])
+    torch.testing.assert_close(loss(1.0, 2.0, 3.0, 4.0, v=None, progress=0.1), mmd + 2 * neighbor)

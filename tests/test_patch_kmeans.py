@@ -1,24 +1,16 @@
 """The network of patches: against a plain loop, on disk, learned small, and the one that ships."""
 
-import hashlib
 import inspect
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from tsp_utils import knn_accuracy, load_backbone, load_dataset
-from tsp_utils.features import cached_features
 from tsp_utils.patch_kmeans import PatchKMeans, _contrast_normalised
-from tsp_utils.paths import bundled_dir
 from tsp_utils.pretraining.dictionary import _draw_patches, learn_patch_kmeans
-from tsp_utils.study.feature_sets import load_vectors
 
 SMALL = dict(n_atoms=24, n_features=16, n_patches=4000, n_pca_images=600)
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -33,13 +25,6 @@ def as_batch(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
-def random_network(n_atoms=9, dim=5) -> PatchKMeans:
-    rng = np.random.default_rng(3)
-    draw = lambda *shape: torch.from_numpy(rng.normal(size=shape))  # noqa: E731
-    return PatchKMeans(0.1 * draw(108), 0.3 * draw(108, 108), draw(n_atoms, 108),
-                       10 * draw(4 * n_atoms), 1 + draw(4 * n_atoms) ** 2, draw(4 * n_atoms, dim))
-
-
 @pytest.fixture(scope="module")
 def learned() -> PatchKMeans:
     return learn_patch_kmeans(structured_images(600), **SMALL)
@@ -47,8 +32,8 @@ def learned() -> PatchKMeans:
 
 def loop_activations(network: PatchKMeans, image: np.ndarray) -> np.ndarray:
     """One image [32, 32, 3], patch by patch and atom by atom in float64."""
-    mean, whitener, atoms = (t.double().numpy() for t in (network.mean, network.whitener,
-                                                          network.atoms))
+    mean, whitener, atoms = (getattr(network, name).double().numpy()
+                             for name in ("mean", "whitener", "atoms"))
     pooled = np.zeros((2, 2, len(atoms)))
     for y in range(27):
         for x in range(27):
@@ -61,7 +46,12 @@ def loop_activations(network: PatchKMeans, image: np.ndarray) -> np.ndarray:
 
 
 def test_activations_and_features_equal_a_plain_loop():
-    network, images = random_network(), structured_images(2, seed=5)
+    shapes = [(108,), (108, 108), (9, 108), (36,), (36,), (36, 5)]
+    rng = np.random.default_rng(3)
+    mean, whitener, atoms, centre, scale, axes = (
+        torch.from_numpy(rng.normal(size=shape)) for shape in shapes)
+    network = PatchKMeans(0.1 * mean, 0.3 * whitener, atoms, 10 * centre, 1 + scale**2, axes)
+    images = structured_images(2, seed=5)
     images[1] = 120 + images[1] // 32  # low contrast, where the constant 10 decides
     images[1, :16] = 128  # flat patches, which the normalisation must survive
     expected = np.stack([loop_activations(network, image) for image in images])
@@ -137,36 +127,3 @@ def test_bad_input_is_refused_in_a_sentence():
         learn_patch_kmeans(np.zeros((600, 28, 28, 1), np.uint8))
     with pytest.raises(ValueError, match=r"31 images are too few .* at least 32 images"):
         learn_patch_kmeans(structured_images(31), **SMALL)
-
-
-# The network that ships.
-
-
-def card() -> dict:
-    return json.loads((bundled_dir() / "patch_kmeans.json").read_text())
-
-
-def test_bundled_file_is_small_and_is_the_one_on_its_card():
-    content = (bundled_dir() / "patch_kmeans.safetensors").read_bytes()
-    assert len(content) < 2_000_000
-    assert hashlib.sha256(content).hexdigest() == card()["sha256"]
-    network = load_backbone("patch_kmeans", device="cpu")
-    assert network.model.atoms.shape == (card()["atoms"], 108)
-    assert network(structured_images(2)).shape == (2, card()["dim"])
-    assert card()["knn"]["cifar10, train to test"] >= 64
-
-
-def test_bundled_vectors_know_more_of_the_classes_than_an_untrained_network():
-    """Leave-one-out on every third test image, from the vectors that ship."""
-    accuracy = {}
-    for name in ("patch_kmeans", "vit_mini_random"):
-        found = load_vectors("cifar10", name)
-        accuracy[name] = knn_accuracy(found.features[::3], found.labels[::3])
-    assert accuracy["patch_kmeans"] > accuracy["vit_mini_random"] + 0.2
-    assert 0.15 < accuracy["vit_mini_random"] < 0.35
-
-
-def test_fashion_mnist_figure_of_the_card():
-    images, network = load_dataset("fashion-mnist", "test"), load_backbone("patch_kmeans", "cpu")
-    found = 100 * knn_accuracy(cached_features(network, images, progress=False), images.labels)
-    assert found == pytest.approx(card()["knn"]["fashion-mnist test, leave-one-out"], abs=0.1)

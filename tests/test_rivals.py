@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, softmax
 from sklearn.datasets import make_blobs
 from sklearn.metrics import mutual_info_score
 
 from tsp_utils import clustering_metrics, init_heads, kmeans, nearest_neighbors, train_heads
 from tsp_utils.scaling import scale_features
-from tsp_utils.systems.rivals import RIVALS, CosineHeads, DECHeads, Step, train_rival
+from tsp_utils.systems.other_losses import Step
+from tsp_utils.systems.rivals import RIVALS, CosineHeads, DECHeads, train_rival
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,54 +25,82 @@ NEIGHBORS = nearest_neighbors(FEATURES, 10)
 CENTERS = kmeans(FEATURES, 5, [0, 1]).centers
 
 
-def logits(x):
-    return np.einsum("sbd,scd->sbc", x, WEIGHT)  # [S, B, C]
-
-
-def ours(method, x=X, y=Y, heads=None, **step):
-    """The library's loss in float64, [S]; logits of plain linear heads unless heads are given."""
-    x, y = torch.as_tensor(x), torch.as_tensor(y)
-    if heads is None:
-        a, b = (torch.as_tensor(logits(v.numpy())).mT for v in (x, y))
-    else:
-        a, b = heads(x).mT, heads(y).mT
-    found = RIVALS[method].loss(a, b, Step(heads, x.flatten(0, 1), x, y, **step))
-    assert found.shape == (S,)
-    return found.detach().numpy()
+def assert_loss_is(method, reference, **step):
+    """The library's loss in float64, [S], is that of reference(p, q, x) of each seed."""
+    x, y, weight = map(torch.as_tensor, (X, Y, WEIGHT))
+    a, b = weight @ x.mT, weight @ y.mT  # logits [S, C, B]
+    found = RIVALS[method].loss(a, b, Step(None, x.flatten(0, 1), x, y, **step))
+    p, q = (softmax(logits.mT.numpy(), 2) for logits in (a, b))
+    np.testing.assert_allclose(found, list(map(reference, p, q, X)))
 
 
 def entropy(p):
     return -(p * np.log(p)).sum()
 
 
+def apart(p, q):
+    """-mean_b log sum_c p_bc q_bc."""
+    return -np.mean(np.log((p * q).sum(1)))
+
+
 def columns_apart(p, q):
     """-mean_c log softmax over c' of the cosine of column c of p with column c' of q."""
-    unit_p, unit_q = p / np.linalg.norm(p, axis=0), q / np.linalg.norm(q, axis=0)
-    return -np.mean(np.diag(log_softmax(unit_p.T @ unit_q, axis=1)))
+    return -np.mean(np.diag(log_softmax(unit(p.T) @ unit(q.T).T, axis=1)))
 
 
-def each_seed(reference):
-    return [reference(logits(X)[s], logits(Y)[s], s) for s in range(S)]
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def test_scan_and_tsp_are_eq_5_with_their_lambdas():
-    def reference(a, b, _):
-        p, q = softmax(a, 1), softmax(b, 1)
-        return -np.mean(np.log((p * q).sum(1))), entropy(p.mean(0))
-
-    for method, weight in (("scan", 5), ("tsp", 3)):
-        expected = [c - weight * h for c, h in each_seed(reference)]
-        np.testing.assert_allclose(ours(method), expected)
+def similarities(rows):
+    return np.clip(unit(rows) @ unit(rows).T, 1e-6, 1 - 1e-6)
 
 
-def test_iic_is_the_mutual_information_of_the_two_assignments():
-    def reference(a, b, _):
-        joint = softmax(a, 1).T @ softmax(b, 1) / B
-        joint = (joint + joint.T) / 2
-        return -(joint * np.log(joint / np.outer(joint.sum(1), joint.sum(0)))).sum()
+def scan(p, q, _, entropy_weight=5):
+    return apart(p, q) - entropy_weight * entropy(p.mean(0))
 
-    np.testing.assert_allclose(ours("iic"), each_seed(reference))
-    # With certain predictions it is scikit-learn's mutual information of the labels.
+
+def tsp(p, q, _):
+    return scan(p, q, _, entropy_weight=3)
+
+
+def iic(p, q, _):
+    joint = (p.T @ q + q.T @ p) / (2 * B)
+    return -(joint * np.log(joint / np.outer(joint.sum(1), joint.sum(0)))).sum()
+
+
+def pica(p, q, _):
+    return columns_apart(p, q) - 2 * entropy(p.mean(0))
+
+
+def cc(p, q, _):
+    columns, total = unit(np.concatenate([p, q], 1).T), 0  # [2C, B]
+    for i in range(2 * C):
+        others = [j for j in range(2 * C) if j != i]
+        cosines = columns[others] @ columns[i]
+        total -= log_softmax(cosines)[others.index((i + C) % (2 * C))]
+    return total / (2 * C) - entropy(p.mean(0)) - entropy(q.mean(0))
+
+
+def nnm(p, q, x):
+    nearest = (unit(x) @ unit(x).T - 2 * np.eye(B)).argmax(1)  # of the batch
+    return sum(apart(p, other) + columns_apart(p, other) for other in (q, p[nearest])) - (
+        5 * entropy(p.mean(0)))
+
+
+def dccm(p, q, _):
+    alike = similarities(p) > 0.95
+    graph = sum(np.where(alike, -np.log(s), -np.log(1 - s)).mean()
+                for s in (similarities(p), similarities(q)))
+    return graph + 5 * np.mean(p.max(1) * -np.log(q[np.arange(B), p.argmax(1)]))
+
+
+@pytest.mark.parametrize("reference", [scan, tsp, iic, pica, cc, nnm, dccm])
+def test_a_loss_is_that_of_its_paper(reference):
+    assert_loss_is(reference.__name__, reference)
+
+
+def test_iic_of_certain_predictions_is_scikit_learns_mutual_information():
     clusters = RNG.integers(0, C, B)
     hard = torch.full((S, C, B), -1e4, dtype=torch.float64)
     hard[:, clusters, np.arange(B)] = 1e4
@@ -78,107 +108,42 @@ def test_iic_is_the_mutual_information_of_the_two_assignments():
     np.testing.assert_allclose(found, [-mutual_info_score(clusters, clusters)] * S, rtol=1e-6)
 
 
-def test_pica_and_cc_set_columns_apart():
-    def pica(a, b, _):
-        p, q = softmax(a, 1), softmax(b, 1)
-        return columns_apart(p, q) - 2 * entropy(p.mean(0))
-
-    np.testing.assert_allclose(ours("pica"), each_seed(pica))
-
-    def cc(a, b, _):
-        p, q = softmax(a, 1), softmax(b, 1)
-        columns = np.concatenate([p, q], 1).T  # [2C, B]
-        columns /= np.linalg.norm(columns, axis=1, keepdims=True)
-        total = 0
-        for i in range(2 * C):
-            others = [j for j in range(2 * C) if j != i]
-            cosines = columns[others] @ columns[i]
-            total -= log_softmax(cosines)[others.index((i + C) % (2 * C))]
-        return total / (2 * C) - entropy(p.mean(0)) - entropy(q.mean(0))
-
-    np.testing.assert_allclose(ours("cc"), each_seed(cc))
-
-
-def test_nnm_matches_the_drawn_and_the_nearest_of_the_batch():
-    def reference(a, b, s):
-        unit = X[s] / np.linalg.norm(X[s], axis=1, keepdims=True)
-        cosines = unit @ unit.T
-        np.fill_diagonal(cosines, -np.inf)
-        local = a[cosines.argmax(1)]
-        p = softmax(a, 1)
-        total = -5 * entropy(p.mean(0))
-        for other in (softmax(b, 1), softmax(local, 1)):
-            total += -np.mean(np.log((p * other).sum(1))) + columns_apart(p, other)
-        return total
-
-    np.testing.assert_allclose(ours("nnm"), each_seed(reference))
-
-
 @pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
 def test_dac_judges_the_pairs_that_its_thresholds_choose(progress):
-    def reference(a, _, __):
-        p = softmax(a, 1)
-        unit = p / np.linalg.norm(p, axis=1, keepdims=True)
-        s = np.clip(unit @ unit.T, 1e-6, 1 - 1e-6)
-        upper, lower = 0.95 - 0.45 * progress, 0.455 + 0.045 * progress
-        costs = [-np.log(v) if v > upper else -np.log(1 - v)
-                 for v in s.ravel() if v > upper or v <= lower]
-        return np.mean(costs)
+    def reference(p, *_):
+        s = similarities(p).ravel()
+        upper, lower = s > 0.95 - 0.45 * progress, s <= 0.455 + 0.045 * progress
+        return np.concatenate([-np.log(s[upper]), -np.log(1 - s[lower & ~upper])]).mean()
 
-    np.testing.assert_allclose(ours("dac", progress=progress), each_seed(reference))
-    s_all = 0.95 - 0.45, 0.455 + 0.045
-    assert s_all[0] == pytest.approx(s_all[1])  # at the end every pair counts
-
-
-def test_dccm_adds_its_graph_and_its_labels():
-    def reference(a, b, _):
-        p, q = softmax(a, 1), softmax(b, 1)
-        graphs = []
-        for found in (p, q):
-            unit = found / np.linalg.norm(found, axis=1, keepdims=True)
-            graphs.append(np.clip(unit @ unit.T, 1e-6, 1 - 1e-6))
-        alike = graphs[0] > 0.95
-        graph = sum(np.where(alike, -np.log(s), -np.log(1 - s)).mean() for s in graphs)
-        y = p.argmax(1)
-        return graph + 5 * np.mean(p.max(1) * -np.log(q[np.arange(B), y]))
-
-    np.testing.assert_allclose(ours("dccm"), each_seed(reference))
+    assert_loss_is("dac", reference, progress=progress)
 
 
 def test_dec_is_the_kl_divergence_to_its_sharpened_self():
-    heads = DECHeads(FEATURES, 5, [0, 1]).double()
-    batch = torch.as_tensor(FEATURES[None, :40].repeat(2, 0)).double()
-    all_of_them = torch.as_tensor(FEATURES).double()
-    log_q = heads(batch).mT
-    found = RIVALS["dec"].loss(log_q, None, Step(heads, all_of_them)).detach()
-    for s in range(2):
-        def soft(x, s=s):  # Eq. 1, by hand
-            z = x @ heads.weight[s].detach().numpy().T + heads.bias[s].detach().numpy()
-            d = ((z[:, None] - heads.centers[s].detach().numpy()) ** 2).sum(2)
-            q = 1 / (1 + d)
-            return q / q.sum(1, keepdims=True)
-
-        q, f = soft(FEATURES[:40].astype(float)), soft(FEATURES.astype(float)).sum(0)
-        p = q**2 / f
+    heads, features = DECHeads(FEATURES, 5, [0, 1]).double(), FEATURES.astype(np.float64)
+    log_q = heads(torch.as_tensor(features[None, :40].repeat(2, 0))).mT
+    found = RIVALS["dec"].loss(log_q, None, Step(heads, torch.as_tensor(features))).detach()
+    for s, parts in enumerate(zip(heads.weight, heads.bias, heads.centers, strict=True)):
+        weight, bias, centers = (part.detach().numpy() for part in parts)
+        q = 1 / (1 + cdist(features @ weight.T + bias, centers, "sqeuclidean"))  # Eq. 1, by hand
+        q /= q.sum(1, keepdims=True)
+        p = (q**2 / q.sum(0))[:40]
         p /= p.sum(1, keepdims=True)
-        np.testing.assert_allclose(found[s], (p * np.log(p / q)).sum(1).mean(), rtol=1e-6)
+        np.testing.assert_allclose(found[s], (p * np.log(p / q[:40])).sum(1).mean(), rtol=1e-6)
 
 
 def test_dec_pulls_as_clustpys_does():
     """Its loss is ours plus a constant, the target's entropy: the gradients agree."""
-    clustpy_dec = pytest.importorskip("clustpy.deep.dec", reason="needs a C compiler: pip install "
-                                      "--no-deps clustpy, as .ci/run does")
-    heads = DECHeads(FEATURES, 5, [0])
-    x = torch.as_tensor(FEATURES)
+    theirs = pytest.importorskip("clustpy.deep.dec", reason="needs a C compiler: pip install "
+                                 "--no-deps clustpy, as .ci/run does")
+    heads, x = DECHeads(FEATURES, 5, [0]), torch.as_tensor(FEATURES)
     log_q = heads(x[None]).mT
     RIVALS["dec"].loss(log_q, None, Step(heads, x)).sum().backward()
-    mine = heads.centers.grad[0].clone()
     centers = heads.centers[0].detach().clone().requires_grad_()
     z = (x @ heads.weight[0].T + heads.bias[0]).detach()
-    q = clustpy_dec._dec_predict(centers, z, 1.0, None)
+    q = theirs._dec_predict(centers, z, 1.0, None)
     torch.testing.assert_close(log_q[0].T.exp().detach(), q.detach(), rtol=1e-4, atol=1e-6)
-    clustpy_dec._dec_compression_loss_fn(q).backward()
-    torch.testing.assert_close(mine, centers.grad, rtol=1e-3, atol=1e-6)
+    theirs._dec_compression_loss_fn(q).backward()
+    torch.testing.assert_close(heads.centers.grad[0], centers.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_temi_weighs_the_pointwise_information_of_student_and_teacher():
@@ -193,30 +158,21 @@ def test_temi_weighs_the_pointwise_information_of_student_and_teacher():
         np.testing.assert_allclose(found[s], -np.mean(weight * pmi), rtol=1e-6)
 
 
-def test_secu_moves_the_own_centre_and_no_other():
+def test_secu_moves_the_own_centre_alone_and_lifts_clusters_that_are_too_small():
     heads = CosineHeads(CENTERS[:1], [0])
     x = torch.as_tensor(FEATURES[None, :64])
-    step = Step(heads, x[0], x, x)
-    value = RIVALS["secu"].loss(heads(x).mT, heads(x).mT, step)
+    value = RIVALS["secu"].loss(heads(x).mT, heads(x).mT, Step(heads, x[0]))
     cosines = torch.nn.functional.cosine_similarity(
         x[0][:, None], heads.weight[0][None], dim=2) / 0.05
-    y = cosines.argmax(1)
-    assert value.item() == pytest.approx(
-        torch.nn.functional.cross_entropy(cosines, y).item(), rel=1e-5)
+    expected = torch.nn.functional.cross_entropy(cosines, cosines.argmax(1))
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     # One cluster alone is anybody's: the centres of the others get no gradient at all.
-    mine = torch.as_tensor(FEATURES[heads.predict(FEATURES)[0] == 2][None, :20])
-    heads.zero_grad()
-    RIVALS["secu"].loss(heads(mine).mT, heads(mine).mT, Step(heads, mine[0])).backward()
-    moved = heads.weight.grad[0].norm(dim=1) > 0
-    assert moved.tolist() == [False, False, True, False, False]
-
-
-def test_secu_lifts_a_cluster_that_is_too_small():
-    heads = CosineHeads(CENTERS[:1], [0])
-    x = torch.as_tensor(FEATURES[heads.predict(FEATURES)[0] == 2][None, :50])
-    step = Step(heads, x[0])
+    mine = torch.as_tensor(FEATURES[heads.predict(FEATURES)[0] == 2][None, :50])
+    step = Step(heads, mine[0])
+    RIVALS["secu"].loss(heads(mine).mT, heads(mine).mT, step).backward()
+    assert (heads.weight.grad[0].norm(dim=1) > 0).tolist() == [False, False, True, False, False]
     for _ in range(200):
-        RIVALS["secu"].loss(heads(x).mT, heads(x).mT, step)
+        RIVALS["secu"].loss(heads(mine).mT, heads(mine).mT, step)
     dual = step.memory["dual"][0]
     assert (dual >= 0).all() and (dual[[0, 1, 3, 4]] > dual[2]).all()
 
@@ -233,19 +189,18 @@ def test_the_trainer_is_the_cores_for_tsp():
 
 @pytest.mark.parametrize("method", RIVALS)
 def test_every_rival_trains_alone_as_among_others_and_lowers_its_loss(method):
-    settings = dict(learning_rate=1e-3, sharpness=10.0, batch_size=64, progress=False)
-    heads, loss = train_rival(method, FEATURES, NEIGHBORS, CENTERS, [0, 1], n_steps=60, **settings)
+    def train(seeds, n_steps=60):
+        return train_rival(method, FEATURES, NEIGHBORS, CENTERS[seeds], seeds, n_steps=n_steps,
+                           learning_rate=1e-3, sharpness=10.0, batch_size=64, progress=False)
+
+    (heads, loss), (alone, alone_loss) = train([0, 1]), train([1])
     assert loss.shape == (2,) and np.isfinite(loss).all()
-    alone, alone_loss = train_rival(method, FEATURES, NEIGHBORS, CENTERS[1:], [1], n_steps=60,
-                                    **settings)
     np.testing.assert_allclose(loss[1], alone_loss[0], rtol=1e-3, atol=1e-4)
     assert (heads.predict(FEATURES)[1] == alone.predict(FEATURES)[0]).mean() > 0.99
     if method not in ("dac", "dccm"):  # these leave the blobs for one cluster
         assert clustering_metrics(LABELS, alone.predict(FEATURES)[0])["acc"] > 0.6
     if method not in ("temi", "icbpl", "dac", "secu"):  # what these ask for changes on the way
-        _, longer = train_rival(method, FEATURES, NEIGHBORS, CENTERS, [0, 1], n_steps=600,
-                                **settings)
-        assert longer.mean() < loss.mean()
+        assert train([0, 1], n_steps=600)[1].mean() < loss.mean()
 
 
 def test_sharpness_multiplies_the_start():
