@@ -23,12 +23,12 @@ import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
 from tsp_utils.cache import code_of, versions
 from tsp_utils.datasets import load_dataset
 from tsp_utils.devices import find_device, gains_from_bf16, hardware
-from tsp_utils.names import unknown
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.paths import runs_dir, write_json, write_whole
 from tsp_utils.pretraining.dino import Dino, DinoRecipe, Network
 from tsp_utils.pretraining.run import pretrain_dino
 from tsp_utils.study.feature_sets import draw_rows, spread_rows
+from tsp_utils.unknown_names import unknown
 from tsp_utils.weights import attention
 
 logger = logging.getLogger(__name__)

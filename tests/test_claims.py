@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tsp_utils.study import decisions
+from tsp_utils.study import verdicts
 from tsp_utils.study.claims import CLAIMS, ICBPL_CLAIMS, RULES
-from tsp_utils.study.decisions import COMPARED_K, decide, decide_equivalence, holm
+from tsp_utils.study.verdicts import COMPARED_K, decide, decide_equivalence, holm
 
 PAGE = (Path(__file__).parents[1] / "docs" / "rules.md").read_text(encoding="utf-8")
 
@@ -123,7 +123,7 @@ def test_failed_seeds_other_pairs_metrics_and_heads_as_networks_are_refused(diff
 def test_t_interval_is_that_of_a_paired_t_test(level):
     rng = np.random.default_rng(3)
     a, b = rng.normal(60, 2, 10), rng.normal(58, 2, 10)
-    mean, low, high = decisions.t_interval(a - b, level)
+    mean, low, high = verdicts.t_interval(a - b, level)
     expected = stats.ttest_rel(a, b).confidence_interval(level)
     np.testing.assert_allclose([mean, low, high], [(a - b).mean(), *expected])
 
@@ -131,8 +131,8 @@ def test_t_interval_is_that_of_a_paired_t_test(level):
 def test_equal_differences_have_an_interval_of_no_width_and_warn_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert decisions.t_interval([1.99, 1.99, 1.99]) == (1.99, 1.99, 1.99)
-        assert decisions.t_interval([0.0, 0.0]) == (0, 0, 0)
+        assert verdicts.t_interval([1.99, 1.99, 1.99]) == (1.99, 1.99, 1.99)
+        assert verdicts.t_interval([0.0, 0.0]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 10])
@@ -140,7 +140,7 @@ def test_sign_flip_p_is_that_of_brute_force(n):
     d = np.random.default_rng(n).normal(0.7, 1, n).round(1)  # rounded, so that ties occur
     flips = np.array(list(itertools.product([-1, 1], repeat=n)))
     sums = np.abs((flips * d).sum(1))
-    assert decisions.sign_flip_p(d) == np.mean(sums >= abs(d.sum()) - 1e-9)
+    assert verdicts.sign_flip_p(d) == np.mean(sums >= abs(d.sum()) - 1e-9)
 
 
 @pytest.mark.parametrize(("differences", "p"), [
@@ -149,28 +149,28 @@ def test_sign_flip_p_is_that_of_brute_force(n):
     # Sums of 0 up to rounding, which no flip falls below: ties.
     (0.1 * np.tile([1, 2, 3, -6], 3), 1), (0.1 * np.tile([1, 2, 3, -6], 50), 1)])
 def test_sign_flip_p_by_hand(differences, p):
-    assert decisions.sign_flip_p(differences) == p
+    assert verdicts.sign_flip_p(differences) == p
 
 
 def test_sign_flip_p_above_twenty_is_seeded_and_near_the_exact_one():
     d = np.concatenate([np.ones(15), -np.ones(6)])  # the number of pluses is binomial
     exact = stats.binomtest(15, 21, 0.5).pvalue
-    p = decisions.sign_flip_p(d)
-    assert p == decisions.sign_flip_p(d)
+    p = verdicts.sign_flip_p(d)
+    assert p == verdicts.sign_flip_p(d)
     assert abs(p - exact) < 4 * math.sqrt(exact / 100_000)
 
 
 def test_bootstrap_is_seeded_and_near_the_normal_interval():
     d = np.random.default_rng(4).normal(2, 5, 2000)
     half = 1.96 * d.std() / math.sqrt(2000)
-    found = decisions.bootstrap_interval(d)
-    assert found == decisions.bootstrap_interval(d)
+    found = verdicts.bootstrap_interval(d)
+    assert found == verdicts.bootstrap_interval(d)
     np.testing.assert_allclose(found, [d.mean() - half, d.mean() + half], atol=0.1 * half)
-    assert np.diff(decisions.bootstrap_interval(d, 0.9)) < np.diff(found)
+    assert np.diff(verdicts.bootstrap_interval(d, 0.9)) < np.diff(found)
 
 
-@pytest.mark.parametrize("function, n", [(decisions.sign_flip_p, 10_000),
-                                         (decisions.bootstrap_interval, 50_000)])
+@pytest.mark.parametrize("function, n", [(verdicts.sign_flip_p, 10_000),
+                                         (verdicts.bootstrap_interval, 50_000)])
 def test_memory_is_bounded_where_all_differences_are_distinct(function, n):
     d = np.random.default_rng(5).normal(0, 1, n)
     tracemalloc.start()
@@ -220,6 +220,6 @@ def test_the_flips_of_many_pairs_are_drawn_once(tmp_path, monkeypatch):
     monkeypatch.setenv("TSP_CACHE", str(tmp_path))
     d = np.random.default_rng(0).standard_normal(40) + 0.3
     first, at_first = decide(d, 1.0), kept()
-    assert len(at_first) == 1 and first.p == decisions.sign_flip_p(d)
+    assert len(at_first) == 1 and first.p == verdicts.sign_flip_p(d)
     assert decide(d, 0.5).p == first.p and kept() == at_first
     assert decide(d + 0.1, 1.0).p != first.p

@@ -22,7 +22,7 @@ EDITS = {
     "`baselines._clusters`": "_clusters",
     "`other_losses.cc`, a rival's loss": "cc",
     "`metrics.clustering_metrics`": "clustering_metrics",
-    "`decisions.decide`": "decide",
+    "`verdicts.decide`": "decide",
     "`cluster_folder.write_csv`": "write_csv",
 }
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from tsp_utils.backbones import Backbone, BackboneSpec, load_backbone
-from tsp_utils.cache.rows import _Rows
+from tsp_utils.cache.vectors import _Rows
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.features import cached_features, extract_features
 from tsp_utils.image_folders import ImageFiles

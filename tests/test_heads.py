@@ -13,6 +13,7 @@ from sklearn.datasets import make_blobs
 from tsp_utils import clustering_metrics, init_heads, kmeans, nearest_neighbors, neighbor_weights
 from tsp_utils import train_heads as train
 from tsp_utils.heads import MLPHeads, best_head, draw_pairs
+from tsp_utils.k_means import _kmeans_on, _lloyd
 from tsp_utils.neighbors import Neighbors
 from tsp_utils.scaling import Scaler, scale_features
 
@@ -103,6 +104,24 @@ def test_settings_and_losses_that_cannot_train_are_refused_in_one_sentence(setti
     with pytest.raises(ValueError, match=sentence) as refused:
         train_heads(init_heads(FEATURES, 5, seeds=[0, 1]), **settings)
     assert "\n" not in str(refused.value)
+
+
+def test_k_means_of_torch_is_scikit_learns_from_the_same_start():
+    """What runs on a GPU, here on the CPU."""
+    rng = np.random.default_rng(0)
+    start = FEATURES[rng.choice(600, 5, replace=False)]
+    theirs = KMeans(5, init=start, n_init=1).fit(FEATURES)
+    centers, clusters, inertia = _lloyd(torch.from_numpy(FEATURES), torch.from_numpy(start), 0.0)
+    np.testing.assert_allclose(centers, theirs.cluster_centers_, rtol=1e-3, atol=1e-4)
+    assert (clusters == theirs.labels_).mean() > 0.99
+    assert inertia == pytest.approx(theirs.inertia_, rel=1e-4)
+    far = start.copy()
+    far[0] = 100  # nobody's nearest centre: it takes a far sample and ends with some
+    _, clusters, _ = _lloyd(torch.from_numpy(FEATURES), torch.from_numpy(far), 0.0)
+    assert len(np.unique(clusters)) == 5
+    runs = _kmeans_on("cpu", FEATURES, 5, [0, 1], n_init=10)
+    best = KMeans(5, n_init=10, random_state=0).fit(FEATURES).inertia_
+    assert runs.inertia.min() == pytest.approx(best, rel=1e-2) and runs.centers.shape == (2, 5, 16)
 
 
 def test_k_means_start_is_appendix_a_and_predicts_nearly_uniformly():

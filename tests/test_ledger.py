@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from tsp_utils.study import needs
+from tsp_utils.study import staleness
 from tsp_utils.study.claims import CLAIMS, ICBPL_CLAIMS, claim_of
-from tsp_utils.study.decisions import COMPARED_K, holm
+from tsp_utils.study.figures import plot_ledger
 from tsp_utils.study.ledger import Evidence, ledger, read_evidence, save_evidence, to_markdown
-from tsp_utils.study.plots import plot_ledger
 from tsp_utils.study.profile import load_study
+from tsp_utils.study.verdicts import COMPARED_K, holm
 
 NOISE = np.array([-1.0, -0.5, 0.0, 0.5, 1.0] * 2)
 
@@ -103,7 +103,7 @@ def test_the_papers_own_networks_are_the_same_claim():
 def study(tmp_path, monkeypatch):
     """A study with notebooks 04, 05 and 10."""
     monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")
-    monkeypatch.setattr(needs, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(staleness, "NOTEBOOKS", tmp_path)
     for number in ("04", "05", "10"):
         nbformat.write(new_notebook(cells=[new_code_cell("1 + 1")]), tmp_path / f"{number}_x.ipynb")
     return load_study("tiny")
@@ -163,14 +163,14 @@ def test_evidence_of_other_settings_or_of_no_notebook_is_named_and_refused(study
 def test_evidence_of_a_notebook_that_changed_is_refused_until_it_leaves_it_anew(study, monkeypatch):
     save_evidence(study, "04", [cell("C9"), cell("C12", name="dropped later")])
     save_evidence(study, "05", [cell("C8")])
-    path = needs.NOTEBOOKS / "04_x.ipynb"
+    path = staleness.NOTEBOOKS / "04_x.ipynb"
     path.write_text(path.read_text().replace("1 + 1", "1 + 2"))
     with pytest.raises(ValueError, match=r"in tiny: 04_C12_dropped-later_vit_cifar10\.json, "
                                          r"04_C9_vit_cifar10\.json; run"):
         read_evidence(study)
     save_evidence(study, "04", [cell("C9")])
     assert [c.claim for c in read_evidence(study)] == ["C8", "C9"]
-    monkeypatch.setattr(needs, "code_called_by", lambda source: "another loss")
+    monkeypatch.setattr(staleness, "code_called_by", lambda source: "another loss")
     with pytest.raises(ValueError, match=r"in tiny: 04_C9_.*\.json, 05_C8_.*\.json; run"):
         read_evidence(study)
 

@@ -14,7 +14,7 @@ import pytest
 
 from tsp_utils import maps, plots
 from tsp_utils.paths import REPOSITORY
-from tsp_utils.study.plots import plot_finetuning_map, plot_heads
+from tsp_utils.study.figures import plot_finetuning_map, plot_heads
 
 
 def test_umap_takes_our_neighbours_for_its_own_search(tmp_path, monkeypatch):

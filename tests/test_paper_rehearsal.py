@@ -18,8 +18,8 @@ from PIL import Image
 from tsp_utils.paths import REPOSITORY
 from tsp_utils.study.claims import CLAIMS
 from tsp_utils.study.ledger import COLUMNS
-from tsp_utils.study.needs import notebook_paths
 from tsp_utils.study.profile import load_study
+from tsp_utils.study.staleness import notebook_paths
 
 SETS = {"cifar10": (10, 32), "cifar100-20": (20, 32), "cifar100": (100, 32), "stl10": (10, 96)}
 WEIGHTS = {"dino_deitsmall16_pretrain.pth": "vit_small_patch16_224",

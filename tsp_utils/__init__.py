@@ -23,7 +23,7 @@ _HOME = {
     "estimator": ["TSPClustering"],
     "metrics": ["clustering_metrics", "confusion", "match_clusters"],
     "study.claims": ["CLAIMS", "ICBPL_CLAIMS", "RULES", "claim_of"],
-    "study.decisions": ["bootstrap_interval", "decide", "t_interval"],
+    "study.verdicts": ["bootstrap_interval", "decide", "t_interval"],
     "study.ledger": ["Evidence", "read_evidence", "save_evidence"],
     "study.baselines": ["run_baseline"],
     "systems.rivals": ["RIVALS", "train_rival"],

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tsp_utils.devices import find_device, gains_from_bf16
-from tsp_utils.names import unknown
 from tsp_utils.paths import bundled_dir, runs_dir
+from tsp_utils.unknown_names import unknown
 from tsp_utils.weights import BackboneSpec, load_model, state_sha256
 
 _OFFICIAL = "https://dl.fbaipublicfiles.com/dino"

@@ -16,8 +16,8 @@ from tsp_utils.image_folders import (
     list_images,
     read_images,
 )
-from tsp_utils.names import unknown
 from tsp_utils.paths import bundled_dir, data_dir
+from tsp_utils.unknown_names import unknown
 
 logger = logging.getLogger(__name__)
 

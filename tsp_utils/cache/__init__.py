@@ -16,7 +16,7 @@ from tsp_utils.cache.entries import (
     versions,
 )
 from tsp_utils.cache.keys import code_called_by, code_of, data_of, key_of, plain
-from tsp_utils.cache.rows import rows
+from tsp_utils.cache.vectors import rows
 
 __all__ = [
     "arrays", "call", "code_called_by", "code_of", "data_of", "file_name", "fitted", "key_of",

@@ -22,8 +22,8 @@ import numpy as np
 PACKAGE = __package__.partition(".")[0]
 # What keeps, draws, reports or finds its place shapes no result.
 SHAPES_NOTHING = {f"{PACKAGE}.{name}" for name in (
-    "cache", "cache.keys", "cache.entries", "cache.rows", "devices", "paths", "plots",
-    "study.plots", "folder.page", "__main__")}
+    "cache", "cache.keys", "cache.entries", "cache.vectors", "devices", "paths", "plots",
+    "unknown_names", "study.figures", "folder.page", "__main__")}
 
 
 def key_of(inputs, *functions) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tsp_utils.study.decisions import Verdict
+from tsp_utils.study.verdicts import Verdict
 
 ANALOGUE, NOT_HERE = "analogue at 32 px", "not testable here"
 

@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from tsp_utils.study.decisions import t_interval
 from tsp_utils.study.head_comparison import CONSENSUS
+from tsp_utils.study.verdicts import t_interval
 
 
 def heads_table(rows: pd.DataFrame) -> pd.DataFrame:

@@ -13,9 +13,9 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from tsp_utils.study import needs
+from tsp_utils.study import staleness
 from tsp_utils.study.claims import CLAIMS, Claim, claim_of
-from tsp_utils.study.decisions import Verdict, decide, decide_equivalence, holm, t_interval
+from tsp_utils.study.verdicts import Verdict, decide, decide_equivalence, holm, t_interval
 
 COLUMNS = ("id", "scope", "quantity", "backbone", "target", "protocol", "n_pretrain", "n_head",
            "mean", "low", "high", "p", "rule", "verdict", "qualifier")
@@ -115,11 +115,11 @@ def read_evidence(study, claims: Sequence[Claim] = CLAIMS) -> list[Evidence]:
 
 def _stamp(study, notebook: str) -> dict:
     """What evidence depends on: the settings, and the hash by which the notebook is run again."""
-    path = next(iter(needs.NOTEBOOKS.glob(f"{notebook}_*.ipynb")), None)
+    path = next(iter(staleness.NOTEBOOKS.glob(f"{notebook}_*.ipynb")), None)
     if path is None:
-        raise ValueError(f"There is no notebook {notebook} in {needs.NOTEBOOKS}; pass the number "
-                         f"that its file begins with.")
-    return {"study": repr(study), "notebook": needs.notebook_hash(path, study)}
+        raise ValueError(f"There is no notebook {notebook} in {staleness.NOTEBOOKS}; pass the "
+                         f"number that its file begins with.")
+    return {"study": repr(study), "notebook": staleness.notebook_hash(path, study)}
 
 
 def table_of(cells: Sequence[Evidence]) -> pd.DataFrame:

@@ -13,7 +13,6 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from tsp_utils.datasets import ImageDataset
-from tsp_utils.names import unknown
 from tsp_utils.neighbors import WEIGHTINGS
 from tsp_utils.paths import runs_dir, write_whole
 from tsp_utils.study.claims import claim_of
@@ -27,6 +26,7 @@ from tsp_utils.study.feature_sets import (
     vectors_path,
 )
 from tsp_utils.study.training import HeadRuns, run_heads, run_kmeans
+from tsp_utils.unknown_names import unknown
 
 PROFILES = Path(__file__).parent / "profiles"
 WITH_IMAGES = ("fashion-mnist",)  # sets whose test images ship, whatever vectors do

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from tsp_utils.paths import REPOSITORY, write_whole
-from tsp_utils.study.needs import notebook_paths
 from tsp_utils.study.profile import load_study
+from tsp_utils.study.staleness import notebook_paths
 
 
 def refresh(profile: str = "offline") -> list[Path]:
@@ -28,8 +28,9 @@ def refresh(profile: str = "offline") -> list[Path]:
                                     f"reproduce first.")
         code = [pair for pair in zip(notebook["cells"], done, strict=True)
                 if pair[0]["cell_type"] == "code"]
-        for count, (cell, ran) in enumerate(code, 1):
-            cell["execution_count"], cell["outputs"] = count, _without_progress(ran["outputs"])
+        for count, (cell, executed) in enumerate(code, 1):
+            cell["execution_count"] = count
+            cell["outputs"] = _without_progress(executed["outputs"])
             for output in cell["outputs"]:
                 if "execution_count" in output:
                     output["execution_count"] = count

@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 
 from tsp_utils.devices import find_device
 from tsp_utils.paths import REPOSITORY, cache_dir, data_dir
-from tsp_utils.study.needs import (
+from tsp_utils.study.profile import Study, load_study
+from tsp_utils.study.staleness import (
     NOTEBOOKS,
     about_of,
     data_stamps,
@@ -30,7 +31,6 @@ from tsp_utils.study.needs import (
     parts_of,
     sha256_of,
 )
-from tsp_utils.study.profile import Study, load_study
 
 # Papermill, which ends with its kernel when the runner is gone: even kill -9 closes the pipe.
 PAPERMILL = """

@@ -15,10 +15,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from readings import PATHS, code_of
 
 import tsp_utils.__main__ as command
-from tsp_utils.study import needs, publish, runner
-from tsp_utils.study.needs import about_of, notebook_paths
+from tsp_utils.study import publish, runner, staleness
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.runner import Step, reproduce
+from tsp_utils.study.staleness import about_of, notebook_paths
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(),
                                 reason="processes are read from /proc")
@@ -121,7 +121,7 @@ def test_a_changed_profile_library_or_bundled_file_runs_again(folder, papermill,
     write(folder, "00_a")
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "a").write_bytes(b"old")
-    monkeypatch.setattr(needs, "bundled_dir", lambda: tmp_path / "weights")
+    monkeypatch.setattr(staleness, "bundled_dir", lambda: tmp_path / "weights")
     assert ran(folder) == ran(folder, "tiny n_neighbors=5") == ["00_a"]
     assert papermill.calls[-1][1] == "tiny n_neighbors=5"
     assert run_dir(folder, "tiny+n_neighbors=5").is_dir()
@@ -131,10 +131,11 @@ def test_a_changed_profile_library_or_bundled_file_runs_again(folder, papermill,
     assert ran(folder) == ["00_a"]
     write(folder, "00_a", "%matplotlib inline\n6 * 7")
     called = []
-    monkeypatch.setattr(needs, "code_called_by", lambda source: called.append(source) or "other")
+    monkeypatch.setattr(staleness, "code_called_by",
+                        lambda source: called.append(source) or "other")
     assert (ran(folder), ran(folder)) == (["00_a"], [])
     assert "6 * 7" in called[0] and "%" not in called[0]
-    monkeypatch.setattr(needs, "code_called_by", lambda source: "another")
+    monkeypatch.setattr(staleness, "code_called_by", lambda source: "another")
     assert ran(folder) == ["00_a"]
 
 
