@@ -67,5 +67,6 @@ api: $(VENV_STAMP)  ## write docs/api.md from the docstrings
 bench: $(VENV_STAMP)  ## measure speed and memory, print the README's benchmark table
 	@$(PYTHON) -m benchmarks.bench
 
-clean:  ## remove executed notebooks and caches (data/ and .venv stay)
-	rm -rf runs cache
+clean:  ## remove caches and executed notebooks (data/, .venv, pretrained arms and paper-mini's record stay)
+	rm -rf cache
+	@if [ -d runs ]; then find runs -mindepth 1 -maxdepth 1 ! -name pretrain ! -name 'paper-mini*' -exec rm -rf {} +; fi

@@ -15,10 +15,13 @@ EXAMPLES = re.findall(r"^### (.+?)\n.*?```diff\n(.*?)```\n\n```python\n(.*?)```"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Run a check in a copy of the package, as it is or with a diff applied."""
-    places = {name: tmp_path_factory.mktemp(name) for name in ("plain", "changed", "user")}
+def places(tmp_path_factory) -> dict[str, Path]:
+    return {name: tmp_path_factory.mktemp(name) for name in ("plain", "changed", "user")}
 
+
+@pytest.fixture
+def run(places):
+    """Run a check in a copy of the package, as it is or with a diff applied."""
     def run(check: str, diff: str = "") -> subprocess.CompletedProcess:
         place = places["changed" if diff else "plain"]
         shutil.rmtree(place / "tsp_utils", ignore_errors=True)
@@ -41,10 +44,15 @@ def test_every_kind_of_change_has_an_example():
 
 
 @pytest.mark.parametrize("title, diff, check", EXAMPLES, ids=[title for title, *_ in EXAMPLES])
-def test_the_example_takes_the_files_it_says_and_does_what_it_says(title, diff, check, run):
+def test_the_example_takes_the_files_it_says_and_does_what_it_says(
+        title, diff, check, run, places):
     files = re.findall(r"^\+\+\+ b/(.+)$", diff, re.M)
     assert sum(file.endswith(".py") for file in files) == 1
     assert len(files) == (2 if "the profile" in title else 1)
     assert run(check).returncode != 0, "the check holds without the change"
     done = run(check, diff)
     assert done.returncode == 0, done.stderr
+    changed = [places["changed"] / file for file in files if file.endswith(".py")]
+    lint = [sys.executable, "-m", "ruff", "check", "--config", ROOT / "pyproject.toml", *changed]
+    linted = subprocess.run(lint, text=True, capture_output=True)
+    assert linted.returncode == 0, linted.stdout

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ METHOD = ("features", "scaling", "neighbors", "k_means", "losses", "heads", "met
 
 def test_the_doors_are_those_of_pyproject():
     """Layers as data flows, folders that know the top alone, only `study` knows them all."""
-    done = subprocess.run([Path(sys.executable).with_name("lint-imports"), "--no-cache"], cwd=ROOT,
-                          text=True, capture_output=True)
+    lint = Path(sysconfig.get_path("scripts")) / "lint-imports"
+    done = subprocess.run([lint, "--no-cache"], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0 and "Rooms KEPT" in done.stdout, done
 
 

@@ -1,6 +1,6 @@
-"""The paper's claims (C0 to C12, D1 to D3): margin, how its measurements are combined, name.
+"""The claims (C0 to C12 of TSP, D1 to D3 of ICBPL): margin, how measurements are combined, name.
 
-`docs/rules.md` in full. Another claim is a row here, and a notebook that leaves its evidence.
+`docs/rules.md` says them in full. Another claim is a row here, and a notebook that leaves evidence.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tsp_utils.study.verdicts import Verdict
+from tsp_utils.unknown_names import unknown
 
 ANALOGUE, NOT_HERE = "analogue at 32 px", "not testable here"
 
@@ -34,7 +35,8 @@ def all_cells(cells) -> Verdict:
     if outcome == "not tested":
         return _with(decides.verdict, outcome, (
             decides.verdict.qualifier if outcome in found else "one cell only", cells[0].note))
-    networks = "for this pair of networks" * (claim_of(cells[0].claim).unit == "backbone")
+    networks = "for this pair of networks" * (
+        claim_of(cells[0].claim).unit == "backbone" and cells[0].n_pretrain == 1)
     return _with(decides.verdict, outcome, [*_each(cells), networks])
 
 
@@ -56,13 +58,13 @@ def most_cells(cells) -> Verdict:
 
 def either_rate(cells) -> Verdict:
     """C7, D1: at both learning rates, or "at ... only"."""
-    holds = [cell.cell for cell in cells if cell.verdict.verdict == "holds"]
+    holds = [cell for cell in cells if cell.verdict.verdict == "holds"]
     tested = {cell.verdict.verdict for cell in cells} - {"not tested"}
     if not tested:
         return first_cell(cells)
-    if holds:
-        only = f"at {', '.join(holds)} only" * (len(holds) < len(cells))
-        return _with(cells[0].verdict, "holds", (only, cells[0].note))
+    if holds:  # numbers of a rate at which it does
+        only = f"at {', '.join(cell.cell for cell in holds)} only" * (len(holds) < len(cells))
+        return _with(holds[0].verdict, "holds", (only, cells[0].note))
     return _with(cells[0].verdict, "inconclusive" if len(tested) > 1 else tested.pop(),
                  [*_each(cells), cells[0].note])
 
@@ -161,8 +163,11 @@ ICBPL_CLAIMS = tuple(Claim(*row) for row in (
 
 
 def claim_of(claim_id: str) -> Claim:
-    """The claim of that id, C0 to C12 or D1 to D3."""
-    return next(claim for claim in (*CLAIMS, *ICBPL_CLAIMS) if claim.id == claim_id)
+    """The claim of that id, C0 to C12 or D1 to D3. Raises ValueError for another one."""
+    claims = {claim.id: claim for claim in (*CLAIMS, *ICBPL_CLAIMS)}
+    if claim_id not in claims:
+        raise ValueError(unknown("claim", claim_id, claims))
+    return claims[claim_id]
 
 
 RULES = {

@@ -26,9 +26,9 @@ def finetune(backbone, head: LinearHeads, images: np.ndarray, *, trained: str = 
 
     backbone: a `Backbone`, which is copied; head: `LinearHeads` of one seed, trained in place;
     images uint8 [N, H, W, C]. trained "nothing" is the frozen arm: the head alone, as long. Norms
-    stay in evaluation mode. `callback(epoch, backbone, head)` and options as in `train_together`.
-    Returns the tuned copy. Raises ValueError for an unknown `trained`, several heads at once,
-    fewer images than a batch.
+    stay in evaluation mode. `callback(epoch, backbone, head)` and options (but for `views`, which a
+    whole backbone does not take) as in `train_together`. Returns the tuned copy. Raises ValueError
+    for an unknown `trained`, several heads at once, fewer images than a batch.
     """
     if trained not in TRAINED:
         raise ValueError(f"{trained!r} cannot be trained; pass one of {', '.join(TRAINED)}.")
@@ -98,8 +98,8 @@ class WholeBackbone:
     def __init__(self, backbone: Backbone, trained: str):
         self.backbone, self.device = copy.deepcopy(backbone), backbone.device
         self.model = self.backbone.model.requires_grad_(False)
-        for part in {"nothing": [], "last block": self._last_block(),
-                     "backbone": [self.model]}[trained]:
+        parts = {"nothing": list, "last block": self._last_block, "backbone": lambda: [self.model]}
+        for part in parts[trained]():
             part.requires_grad_()
         self.frozen = trained == "nothing"
 
@@ -122,11 +122,14 @@ class WholeBackbone:
         if hasattr(self.model, "blocks"):
             return [self.model.blocks[-1], *(getattr(self.model, name) for name in (
                 "norm", "fc_norm") if hasattr(self.model, name))]
+        if not hasattr(self.model, "layer4"):
+            raise ValueError(f"{self.backbone.name} has no last block; pass a transformer or a "
+                             f"ResNet, or train another part.")
         return [self.model.layer4]
 
 
 class LastBlocks(nn.Module):
-    """The last n blocks of a vision transformer with its final norm, a copy that can learn.
+    """The last n blocks of a vision transformer, a copy that can learn; a mean's norm stays.
 
     tokens(images uint8 [N, H, W, C]) -> what enters them, [N, T, D]; features(tokens) -> [N, D]:
     together the backbone's own features. n = 0: nothing learns.
