@@ -96,6 +96,8 @@ def test_bad_input_is_one_sentence(start):
         tuned(start, trained="head")
     with pytest.raises(ValueError, match="300 images are fewer than a batch of 512"):
         tuned(start, batch_size=512)
+    with pytest.raises(ValueError, match="patch_kmeans has no last block; pass a transformer"):
+        finetune(load_backbone("patch_kmeans", "cpu"), start.heads, IMAGES, trained="last block")
     with pytest.raises(ValueError, match="resnet_nano_cpu has no 1 last blocks; pass a vision"):
         LastBlocks(load_backbone("resnet_nano_cpu", "cpu"), 1)
     with pytest.raises(ValueError, match="has no 9 last blocks"):

@@ -94,6 +94,13 @@ def test_c7_wants_both_rates_or_says_which_and_consistency_has_to_fall():
     assert combined("C7", rises, rises).verdict == "does not hold"
 
 
+def test_a_rate_that_holds_lends_its_numbers_and_an_unknown_claim_is_named():
+    found = claim_of("D1").combine([cell("D1", "does not hold", "1e-4"), cell("D1", name="1e-5")])
+    assert found.qualifier == "at 1e-5 only" and found.mean == cell("D1").verdict.mean
+    with pytest.raises(ValueError, match="'C99' is not known; the nearest one is 'C9'"):
+        claim_of("C99")
+
+
 def test_the_papers_own_networks_are_the_same_claim():
     scopes = ledger([cell("C12", backbone="dino_vits16")]).set_index("id")["scope"]
     assert (scopes["C12"], scopes["C3"]) == ("same claim", "analogue at 32 px")

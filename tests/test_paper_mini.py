@@ -61,3 +61,9 @@ def test_weights_that_do_not_fit_are_refused_before_any_stage(stand_ins):
                stand_ins / "data" / "weights" / "dino_deitsmall16_pretrain.pth")
     with pytest.raises(ValueError, match="does not fit dino_vits16"):
         list(paper_mini.paper_mini())
+
+
+@pytest.mark.parametrize("other", ["backbones=dino_vitb16", "datasets=fashion-mnist"])
+def test_what_the_paper_has_no_row_of_is_refused_before_anything_is_fetched(other):
+    with pytest.raises(ValueError, match="leave datasets and backbones out"):
+        next(paper_mini.paper_mini(other))
