@@ -84,6 +84,15 @@ def test_numbers_of_the_prose_stand_where_their_entries_say(path):
 
 
 @each
+def test_a_cell_whose_output_is_compared_trains_nothing_with_a_bar(path):
+    """With an empty cache the bar would be a part of its output."""
+    checked = [cell for cell in cells_of(path, "code")
+               if "nbval-check-output" in cell["metadata"].get("tags", [])]
+    assert not [cell["id"] for cell in checked
+                if re.search(r"^\S.*study\.train\(", source_of(cell), re.M)]
+
+
+@each
 def test_no_decimal_is_without_an_entry(path):
     """But for the first cell's, which says how long the notebook takes."""
     assert [(cell["id"], number) for cell in cells_of(path, "markdown")[1:]
