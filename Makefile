@@ -55,7 +55,7 @@ refresh: reproduce  ## run the notebooks and put their outputs into notebooks/
 figures: $(VENV_STAMP)  ## copy the figures and tables of a finished run into figures/
 	@$(PYTHON) -m tsp_utils figures --profile $(PROFILE)
 
-paper-mini: $(VENV_STAMP)  ## the paper's central row by stages: downloads 255 MB, an hour of a laptop's CPU
+paper-mini: $(VENV_STAMP)  ## the paper's central row by stages: downloads 255 MB, an hour or two of a laptop's CPU
 	@$(PYTHON) -m tsp_utils paper-mini $(if $(SET),--set $(SET)) $(if $(GO_ON),--go-on)
 
 pretrain-paper: $(VENV_STAMP)  ## pretrain the 224-px arms that the paper's Figs 4b, 6 and 7a need (one GPU)

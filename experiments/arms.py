@@ -301,4 +301,3 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
         float((a @ a)[0, 0])  # read, so that a GPU has ended
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 / min(seconds) / 1e9
-

@@ -62,9 +62,9 @@ def learn_patches(out: str | None = None, seed: int = 0) -> Path:
 def bundle_backbone(name: str) -> Path:
     """Put a finished pretraining arm into bundled/: weights, model card and read-outs.
 
-    Of other seeds, equal epochs, a mini network at nano's budget and networks above 16 MB the read-
-    outs alone. Needs `python -m experiments pretrain NAME` to have finished, and both data sets;
-    nothing is written before all is computed. Returns the path of what it wrote last. Raises
+    Of other seeds, equal epochs, a mini network at nano's budget and networks above 16 MB the
+    read-outs alone. Needs `python -m experiments pretrain NAME` to have finished, and both data
+    sets; nothing is written before all is computed. Returns the path of what it wrote last. Raises
     ValueError for an unknown arm, FileNotFoundError for one that has not finished.
     """
     arm, folder = find_arm(name), runs_dir() / "pretrain" / name

@@ -147,7 +147,7 @@ def model_card(name: str) -> dict | None:
 def spec_of_recipe(name: str, recipe: Mapping, file: str = "") -> BackboneSpec:
     """The row of a network that `pretraining.dino` made; recipe: a `DinoRecipe` as a mapping."""
     options: dict = {key: tuple(value) if isinstance(value, list) else value
-               for key, value in recipe["options"] if key != "dynamic_img_size"}
+                     for key, value in recipe["options"] if key != "dynamic_img_size"}
     return BackboneSpec(name, recipe["architecture"], options, "bundled", file,
                         input_size=options.get("img_size", 32), mean=tuple(recipe["mean"]),
                         std=tuple(recipe["std"]), note="our own DINO")

@@ -106,7 +106,7 @@ def _find_weights(spec: BackboneSpec) -> Path | None:
         return bundled_dir() / spec.file
     path = data_dir() / "weights" / spec.file
     if path.is_file():
-        if (recorded := _recorded(path)).exists() and recorded.read_text() != _sha256(path):
+        if (recorded := _recorded(path)).exists() and recorded.read_text() != file_sha256(path):
             raise ValueError(f"{path} is not the file that was downloaded: delete it, to fetch it "
                              f"again, or {recorded.name}, to take it as it is")
         return path
@@ -126,7 +126,7 @@ def _download(spec: BackboneSpec, path: Path) -> None:
         torch.hub.download_url_to_file(spec.url, str(partial))
         _read_state(partial)  # a connection that broke off leaves a torn file and no error
         os.replace(partial, path)
-        _recorded(path).write_text(_sha256(path))  # nobody publishes one: the first is kept
+        _recorded(path).write_text(file_sha256(path))  # nobody publishes one: the first is kept
     except Exception as error:
         raise _download_error(spec, error) from error
     finally:
@@ -137,7 +137,8 @@ def _recorded(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of what a file holds."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

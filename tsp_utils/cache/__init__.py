@@ -1,7 +1,7 @@
 """One cache for all that is kept: features, K-means, heads, other clusterers, records of an hour.
 
-`keys` says what a result depends on, `entries` keeps arrays under such a key, `rows` vectors by
-the content of their images.
+`keys` says what a result depends on, `entries` keeps arrays under such a key, `vectors` features
+by the content of their images.
 """
 
 from tsp_utils.cache.entries import (

@@ -4,7 +4,6 @@ A stage is a gate: what is expected, what came, whether it passes and what that 
 made is in the cache, so that the same command goes on where it stopped.
 """
 
-import hashlib
 import platform
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from tsp_utils.study.against_paper import ROWS, welch_interval
 from tsp_utils.study.parity import TOLERANCE, departure, seeded_backbone
 from tsp_utils.study.profile import Study, load_study
 from tsp_utils.study.published import DATASETS, TABLE_1
+from tsp_utils.weights import file_sha256
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,9 @@ def paper_mini(overrides: str = "", go_on: bool = False) -> Iterator[Gate]:
 def file_of_weights(study: Study, dataset: str, backbone: str) -> Gate:
     network = load_backbone(backbone)  # downloads, and refuses by name what does not fit
     path = data_dir() / "weights" / network.spec.file
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return Gate("weights", "the official file, every name and shape",
-                f"{path.name}, {len(network.model.state_dict())} tensors, SHA-256 {sha256[:16]}",
+                f"{path.name}, {len(network.model.state_dict())} tensors, "
+                f"SHA-256 {file_sha256(path)[:16]}",
                 True, "DINO publishes no hash: compare these digits with others' runs")
 
 

@@ -15,10 +15,10 @@ from tsp_utils.heads import (
     MLPHeads,
     best_head,
     init_heads,
-    kmeans,
     train_heads,
     warn_of_collapse,
 )
+from tsp_utils.k_means import kmeans
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.neighbors import WEIGHTINGS, nearest_neighbors
 from tsp_utils.scaling import Scaler
