@@ -5,24 +5,25 @@ PROFILE ?= offline
 PRETRAIN_ARMS ?= vits16_cifar10
 # What test-quick tests: the method, as data flows, and how its results are kept and decided.
 METHOD = losses heads neighbors metrics features cache baselines rivals icbpl maps claims ledger published
+VENV := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 VENV_STAMP :=
 ifndef PYTHON
-PYTHON := .venv/bin/python
+PYTHON := $(VENV)
 VENV_STAMP := .venv/.complete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cpu reproduce paper-mini pretrain-paper test test-quick notebooks refresh figures api bench clean
+.PHONY: help setup setup-cpu reproduce paper-mini pretrain-paper test test-quick notebooks refresh figures api links dist bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/.complete: requirements.lock
 	@$(PYTHON3) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("Python 3.11 to 3.13 is needed and this is %d.%d; name another one, for example make setup PYTHON3=python3.12." % v)'
 	@echo "Installing into .venv (once; 7 GB on disk, a few minutes)"
 	@$(PYTHON3) -m venv .venv
-	@.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.lock
-	@.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(VENV) -m pip install -q --disable-pip-version-check -r requirements.lock
+	@$(VENV) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 setup: $(VENV_STAMP)  ## create .venv from requirements.lock (once; skipped when it is there)
@@ -63,6 +64,13 @@ pretrain-paper: $(VENV_STAMP)  ## pretrain the 224-px arms that the paper's Figs
 
 api: $(VENV_STAMP)  ## write docs/api.md from the docstrings
 	@$(PYTHON) docs/make_api.py
+
+links: $(VENV_STAMP)  ## write the repository's address, from pyproject.toml, wherever it stands
+	@$(PYTHON) docs/links.py
+
+dist: $(VENV_STAMP)  ## the sdist, and the wheel made from it, in dist/, checked: needs pip install build twine
+	@$(PYTHON) -m build
+	@$(PYTHON) -m twine check --strict dist/*
 
 bench: $(VENV_STAMP)  ## measure speed and memory, print the README's benchmark table
 	@$(PYTHON) -m benchmarks.bench

@@ -15,7 +15,8 @@ from experiments.__main__ import parser as experiments
 from tsp_utils.__main__ import main, parser
 
 ROOT = Path(__file__).resolve().parent.parent
-needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+needs_make = pytest.mark.skipif(shutil.which("make") is None or os.name == "nt",
+                                reason="needs make and a system with /bin/sh")
 
 
 def call(*command, **options) -> subprocess.CompletedProcess:

@@ -20,7 +20,7 @@ METHOD = ("features", "scaling", "neighbors", "k_means", "losses", "heads", "met
 
 def test_the_doors_are_those_of_pyproject():
     """Layers as data flows, folders that know the top alone, only `study` knows them all."""
-    lint = Path(sysconfig.get_path("scripts")) / "lint-imports"
+    lint = shutil.which("lint-imports", path=sysconfig.get_path("scripts"))
     done = subprocess.run([lint, "--no-cache"], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0 and "Rooms KEPT" in done.stdout, done
 
@@ -41,15 +41,20 @@ def test_the_package_does_not_grow():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """The package as pip puts it among others, without a clone; with a folder beside it."""
+    """The package as pip puts it among others, from its sdist; with a folder beside it."""
     place = tmp_path_factory.mktemp("wheel")
     source = place / "source"  # a copy: a build leaves files that the next one would take in
     shutil.copytree(ROOT / "tsp_utils", source / "tsp_utils", ignore=lambda *_: ["__pycache__"])
-    for name in ("pyproject.toml", "README.md", "LICENSE", "LICENSE-TEXT"):
-        shutil.copy(ROOT / name, source)
+    for name in ("pyproject.toml", "MANIFEST.in", "docs/package.md", "LICENSE", "LICENSE-TEXT",
+                 "CHANGELOG.md", "CITATION.cff"):
+        (source / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    sdist = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", sdist, place], cwd=source, check=True,
+                   capture_output=True)
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", place, "."],
-                   cwd=source, check=True, capture_output=True)
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", place,
+                    next(place.glob("*.tar.gz"))], check=True, capture_output=True)
     subprocess.run([*pip, "install", "--no-deps", "--target", place / "site",
                     next(place.glob("*.whl"))], check=True, capture_output=True)
     shutil.rmtree(source)
@@ -63,7 +68,8 @@ def outside(place: Path, *arguments) -> subprocess.CompletedProcess:
     """Python with the installed package, in a folder that is no clone, with a home of its own."""
     plain = {key: value for key, value in os.environ.items()
              if not key.startswith(("TSP_", "XDG_"))} | {"PYTHONPATH": str(place / "site")}
-    home = dict.fromkeys(("HOME", "USERPROFILE", "LOCALAPPDATA"), str(place / "home"))
+    home = dict.fromkeys(("HOME", "USERPROFILE", "WIN_PD_OVERRIDE_LOCAL_APPDATA"),
+                         str(place / "home"))
     return subprocess.run([sys.executable, *arguments], cwd=place, text=True, capture_output=True,
                           env=plain | home)
 
@@ -73,6 +79,8 @@ def test_a_wheel_holds_the_rooms_and_what_ships(installed):
     wanted = [*package.rglob("*.py"), *package.rglob("*.yaml"), package / "py.typed",
               *(package / "bundled").rglob("*.*"), package / "folder" / "page.html.jinja"]
     assert all((installed / "site" / path.relative_to(ROOT)).exists() for path in wanted)
+    (licences,) = (installed / "site").glob("tsp_utils-*.dist-info/licenses")
+    assert {path.name for path in licences.iterdir()} == {"LICENSE", "LICENSE-TEXT"}
 
 
 def test_an_installed_package_serves_a_folder_and_an_estimator(installed):
@@ -81,14 +89,15 @@ def test_an_installed_package_serves_a_folder_and_an_estimator(installed):
     assert (installed / "clusters" / "photos" / "report.html").exists()
     code = ("import numpy as np, tsp_utils as t; from tsp_utils import paths\n"
             "x = np.random.default_rng(0).standard_normal((60, 8)).astype('float32')\n"
-            "print(t.__file__, paths.cache_dir(), t.load_study().n_seeds,"
+            "print(t.__file__, paths.cache_dir(), t.__version__, t.load_study().n_seeds,"
             " len(t.TSPClustering(3, random_state=0, min_steps=10).fit_predict(x)))")
     done = outside(installed, "-c", code)
-    file, cache, seeds, n = done.stdout.split()
+    file, cache, version, seeds, n = done.stdout.split()
+    assert f'version = "{version}"' in (ROOT / "pyproject.toml").read_text("utf-8")
     assert (Path(file).is_relative_to(installed / "site") and seeds == "10" and n == "60"
             and Path(cache).is_relative_to(installed / "home") and Path(cache).is_dir()), done
     made = {path.name for path in installed.iterdir()} - {"site", "home", "photos", "clusters"}
-    assert all(name.endswith(".whl") for name in made)
+    assert all(name.endswith((".whl", ".tar.gz")) for name in made)
 
 
 @pytest.mark.parametrize("command", ["refresh", "reproduce", "figures"])

@@ -37,13 +37,14 @@ _HOME = {
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__version__ = "0.1.0"
 __all__ = ["__version__", *_MODULE_OF]
 
 
 def __getattr__(name):
     if name in _MODULE_OF:
         return getattr(importlib.import_module("tsp_utils." + _MODULE_OF[name]), name)
+    if name == "__version__":  # pyproject.toml says it, as of the installation
+        return importlib.import_module("importlib.metadata").version("tsp_utils")
     raise AttributeError(f"module 'tsp_utils' has no attribute {name!r}")
 
 

@@ -181,7 +181,7 @@ class _Execution:
                 failed.unlink(missing_ok=True)
                 return seconds
             last = self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
-            if "DeadKernelError" in last or self.process.returncode < 0:
+            if "DeadKernelError" in last or not 0 < self.process.returncode < 256:  # Windows: above
                 raise RuntimeError(f"{name} stopped because its process died, most often for want "
                                    f"of memory; the same command resumes here.")
             if (cell := _failed_cell(self.partial)) is None:
