@@ -19,6 +19,7 @@ EXPERIMENTS = {
     "parity": ("official_parity", "official_features",
                "features of the paper's networks by the official code, from seeded weights"),
     "heads": ("heads", "run_heads_compared", "every head, ten seeds (an hour)"),
+    "quality": ("quality", "climb", "what a head adds on every rung of feature quality"),
 }
 
 

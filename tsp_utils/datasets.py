@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from sklearn.datasets import load_digits
 
 from tsp_utils.downloads import published_files, read_idx_pair, read_published
 from tsp_utils.image_folders import (
@@ -41,6 +42,11 @@ DATASETS = {
         ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
          "Bag", "Ankle boot"),
         "FashionMNIST",
+    ),
+    "digits": DatasetInfo(
+        {"test": 1_797}, 10,
+        "Alpaydin and Kaynak (1998), the test part, 8 px, as it comes with scikit-learn; CC BY 4.0",
+        tuple("0123456789"),
     ),
     "cifar10": DatasetInfo(
         {"train": 50_000, "test": 10_000}, 10, CIFAR_SOURCE,
@@ -128,7 +134,8 @@ def load_dataset(
 
     A named set is looked for under `root` (default: TSP_DATA or data/): as an image folder
     `<root>/<name>/<split>/<class>/*`, then as torchvision's files, then downloaded into `root`.
-    Fashion-MNIST's test split is bundled. A path has no splits: its class folders become labels.
+    Fashion-MNIST's test split is bundled, digits come with scikit-learn. A path has no splits: its
+    class folders become labels.
     Raises ValueError (unknown name or split, no images), FileNotFoundError (nothing there),
     ConnectionError (no download), OSError (a corrupt file, named).
     """
@@ -141,6 +148,10 @@ def load_dataset(
     if name == "fashion-mnist" and split == "test":
         images, labels = read_idx_pair(bundled_dir() / "fashion-mnist", split)
         return ImageDataset(name, split, images, labels, info.classes)
+    if name == "digits":
+        found = load_digits()  # grey values 0 to 16
+        images = np.round(found.images[..., None] * (255 / 16)).astype(np.uint8)
+        return ImageDataset(name, split, images, found.target.astype(np.int64), info.classes)
     folder = root / name / split
     if folder.is_dir() and (paths := find_images(folder)):
         if len(paths) != info.splits[split]:

@@ -1,0 +1,82 @@
+"""Notebook 11 in full: every rung of feature quality, ten seeds, under each setting of the head.
+
+Simulated rungs are a positive control: their features were moved by labels (`study.rungs`).
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from tsp_utils import cache
+from tsp_utils.cache import versions
+from tsp_utils.devices import hardware
+from tsp_utils.paths import bundled_dir, write_lines
+from tsp_utils.study.feature_sets import FeatureSet, vectors_path
+from tsp_utils.study.profile import load_study
+from tsp_utils.study.rungs import SHARES, SHIFTS, consistency, moved, read_rung, shifted
+from tsp_utils.study.training import code_of_heads
+
+logger = logging.getLogger(__name__)
+
+# What differs from the study's settings. The first two are run on every rung, all of them where
+# the features are those that lessons use, as they are or moved.
+SETTINGS = {
+    "the study's": {}, "rate 1e-3": {"learning_rate": 1e-3}, "random start": {"init": "random"},
+    "K = 5": {"n_neighbors": 5}, "K = 50": {"n_neighbors": 50},
+    "uniform weights": {"weighting": "uniform"}, "lambda = 0": {"entropy_weight": 0.0},
+}
+ON_EVERY_RUNG = list(SETTINGS)[:2]
+BACKBONES = ("pixels", "patch_kmeans", "vit_nano_cpu", "resnet_nano_cpu", "vit_pico_cpu",
+             "vit_nano_cpu_cifar10_4k", "vit_mini_random")
+FIRST_CLASSES = (3, 5)  # subsets of Fashion-MNIST: the task is easier and the features the same
+SIMULATED_ON = (("cifar10", "patch_kmeans"), ("fashion-mnist", "patch_kmeans"))
+
+
+def rungs() -> Iterator[tuple[str, FeatureSet]]:
+    """Every rung with its kind, real or simulated."""
+    study = load_study("offline")
+    real = [("cifar10", name) for name in BACKBONES if vectors_path("cifar10", name).exists()]
+    real += [(name, backbone) for name in ("fashion-mnist", "digits") for backbone in BACKBONES]
+    for dataset, backbone in real:
+        found = study.features(dataset, backbone)
+        yield "real", found
+        if (dataset, backbone) in SIMULATED_ON:
+            yield from (("simulated", shifted(found, strength)) for strength in SHIFTS)
+            yield from (("simulated", moved(found, share)) for share in SHARES)
+        for n in FIRST_CLASSES if dataset == "fashion-mnist" else ():
+            rows = found.labels < n
+            yield "real", replace(
+                found, dataset=f"{dataset}, {n} classes", features=found.features[rows],
+                labels=found.labels[rows], classes=found.classes[:n])
+
+
+def climb(n_seeds: int = 10) -> Path:
+    """Read out every rung; resumed rung by rung. Returns the path of the records."""
+    records, ladder = [], list(rungs())
+    for name, changes in SETTINGS.items():
+        study = replace(load_study("offline"), profile="quality", n_seeds=n_seeds, **changes)
+        for kind, found in ladder:
+            lessons = found.backbone.endswith(SIMULATED_ON[0][1]) and (
+                found.dataset == SIMULATED_ON[0][0])
+            if not lessons and name not in ON_EVERY_RUNG:
+                continue
+            wanted = {"kind": kind, "dataset": found.dataset, "backbone": found.backbone,
+                      "n": len(found.labels), "n_clusters": found.n_clusters, "protocol": "all",
+                      "setting": name, "n_seeds": n_seeds, "fit": found.fingerprint,
+                      "code": code_of_a_rung(study)}
+            records.append(wanted | cache.record(
+                "records", f"rung {found.dataset} {found.backbone} {name}", wanted, [],
+                lambda study=study, found=found: read_rung(study, found) | {
+                    "consistency": consistency(found), "hardware": hardware("cpu"),
+                    "versions": versions()}))
+            logger.info("%s, %s, %s: K-means %.1f, head %.1f", found.dataset, found.backbone, name,
+                        *(np.mean(records[-1][method]["acc"]) for method in ("k-means", "head")))
+    return write_lines(bundled_dir() / "readouts" / "quality.json", records)
+
+
+def code_of_a_rung(study) -> str:
+    """The key of the code behind a record."""
+    return cache.code_of(read_rung, consistency, shifted, moved) + code_of_heads(study)

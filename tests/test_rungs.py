@@ -1,0 +1,102 @@
+"""Rungs of feature quality: the laws by hand, what is read out, and that simulated ones stay out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.neighbors import KNeighborsClassifier
+
+import tsp_utils as tsp
+from experiments import quality
+from tsp_utils.paths import shipped_records
+from tsp_utils.study import rungs
+from tsp_utils.study.feature_sets import FeatureSet
+
+
+def blobs(n: int = 300, noise: float = 3.0) -> FeatureSet:
+    rng = np.random.default_rng(0)
+    labels = np.arange(n) % 3
+    x = 4 * np.eye(3, 8)[labels] + noise * rng.standard_normal((n, 8))
+    return FeatureSet("blobs", "test", "noise", x.astype(np.float32), labels, ("a", "b", "c"))
+
+
+def test_a_shift_moves_the_means_apart_and_leaves_what_lies_within():
+    found = blobs()
+    better = rungs.shifted(found, 2.0)
+    for c in range(3):
+        rows = found.labels == c
+        before, after = found.features[rows], better.features[rows]
+        np.testing.assert_allclose(after - after.mean(0), before - before.mean(0), atol=1e-4)
+        np.testing.assert_allclose(after.mean(0) - better.features.mean(0),
+                                   3 * (before.mean(0) - found.features.mean(0)), atol=1e-4)
+    assert better.backbone == "simulated_shift_2_noise" and (better.labels == found.labels).all()
+
+
+def test_a_move_goes_to_the_mean_of_the_nearest_images_of_one_class():
+    found, k = blobs(60), 4
+    x, y = found.features, found.labels
+    distance = np.linalg.norm(x[:, None] - x[None], axis=2)  # brute force
+    np.fill_diagonal(distance, np.inf)
+    right = [x[np.argsort(np.where(y == c, row, np.inf))[:k]].mean(0)
+             for c, row in zip(y, distance, strict=True)]
+    np.testing.assert_allclose(rungs.moved(found, 0.0, k).features, right, atol=1e-5)
+    wrong = []
+    for c, row in zip(y, distance, strict=True):
+        other = y[np.argmin(np.where(y != c, row, np.inf))]
+        wrong.append(x[np.argsort(np.where(y == other, row, np.inf))[:k]].mean(0))
+    np.testing.assert_allclose(rungs.moved(found, 1.0, k).features, wrong, atol=1e-5)
+
+
+@pytest.mark.parametrize("climb", [
+    lambda found: [rungs.shifted(found, s) for s in rungs.SHIFTS],
+    lambda found: [rungs.moved(found, s) for s in rungs.SHARES]])
+def test_each_law_climbs_to_neighbours_that_agree(climb):
+    found = blobs(noise=6.0)
+    ladder = [rungs.consistency(rung) for rung in climb(found)]
+    assert ladder == sorted(ladder) and ladder[-1] > 80 > rungs.consistency(found)
+
+
+def test_a_class_with_too_few_images_is_refused_by_name():
+    found = blobs(30)
+    few = replace(found, labels=np.where(found.labels == 2, 1, found.labels))
+    few.labels[:5] = 2
+    with pytest.raises(ValueError, match="class c has 5 images; pass n_neighbors below"):
+        rungs.moved(few, 0.1, 5)
+
+
+def test_merged_classes_are_those_that_are_the_largest_of_no_cluster():
+    labels = np.array([0] * 6 + [1] * 4 + [2] * 5)
+    clusters = np.array([0] * 6 + [0] * 4 + [1, 1, 1, 2, 2])  # 1 merged into 0, 2 split
+    assert rungs.classes_found(labels, clusters) == 2
+    assert rungs.classes_found(labels, labels) == 3
+
+
+def test_a_rung_is_read_out_as_by_other_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path))
+    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path)
+    found = rungs.moved(blobs(), 0.0)
+    study = replace(tsp.load_study("tiny"), n_seeds=3, max_epochs=0, min_steps=200,
+                    batch_size=100, learning_rate=1e-2)
+    read = rungs.read_rung(study, found)
+    assert read["head"]["acc"] == read["k-means"]["acc"] == [100.0] * 3
+    assert read["head"]["classes_found"] == read["n_used"] == [3] * 3
+    assert read["consensus"] == 100 and len(read["loss"]) == 3
+    assert read["agreement"] == rungs.consistency(found)  # its clusters are the classes
+    vote = KNeighborsClassifier(20).fit(found.features, found.labels)
+    assert vote.score(found.features, found.labels) == 1
+
+
+def test_simulated_rungs_are_marked_and_are_in_no_profile():
+    records = shipped_records("quality")
+    marked = {record["kind"] == "simulated": record["backbone"].startswith("simulated_")
+              for record in records}
+    assert marked == {True: True, False: False}
+    for profile in ("offline", "small", "paper"):
+        assert not [b for b in tsp.load_study(profile).backbones if b.startswith("simulated")]
+
+
+def test_the_records_are_of_the_code_that_is_here():
+    study = tsp.load_study("offline")
+    codes = {record["code"] for record in shipped_records("quality")
+             if record["setting"] in ("the study's", "rate 1e-3")}
+    assert codes == {quality.code_of_a_rung(study)}
