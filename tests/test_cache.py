@@ -261,14 +261,6 @@ def test_a_call_is_read_back_until_its_arguments_or_its_code_change(folder, made
     assert first["value"].tolist() == [0.5, 1.5] and first["name"].tolist() == ["a", "b"]
 
 
-def test_files_of_an_earlier_version_are_named_with_what_removes_them(folder, caplog):
-    (folder / "features").mkdir()
-    (folder / "features" / "cifar10-test-pixels-0123.npy").touch()
-    with caplog.at_level(logging.WARNING):
-        cache.arrays("toys", "toy", {}, [], lambda: {"x": np.zeros(1)})
-    assert "1 files of an earlier version" in caplog.text and "make clean" in caplog.text
-
-
 def test_dataclasses_and_single_values_come_back_as_they_were(folder, made):
     x = np.random.default_rng(0).normal(size=(30, 4))
     labels = np.arange(30) % 3

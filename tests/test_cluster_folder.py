@@ -100,7 +100,7 @@ def test_unreadable_files_are_listed_and_skipped_in_every_run(photos, factor):
         page = (out / "report.html").read_text()
         assert "!broken.jpg is not an image" in page and "cut.png cannot be read" in page
         assert "gone.png cannot be read" in page
-        notes = list((photos.parent / "cache" / "features").glob("unreadable-*"))
+        notes = list((photos.parent / "cache" / "unreadable").glob("*.npz"))
         assert len(notes) == (factor == 3)
         if attempt == 1:  # the note beside the cache is lost: the files are looked at again
             for note in notes:

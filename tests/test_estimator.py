@@ -42,7 +42,7 @@ def test_it_is_the_librarys_code(fitted):
     seeds = np.random.RandomState(0).randint(2**31 - 1, size=3).tolist()
     heads = init_heads(features, 4, seeds)
     curves = train_heads(heads, features, nearest_neighbors(features, 20), max_epochs=20,
-                         min_steps=200, batch_size=50, progress=False).arrays()
+                         min_steps=200, batch_size=50, progress=False).curves
     best = curves["loss"][-1].argmin()
     assert fitted.losses_ == pytest.approx(curves["loss"][-1])
     np.testing.assert_array_equal(fitted.labels_, heads.predict(features)[best])
@@ -74,7 +74,7 @@ def test_what_was_fitted_stays_so_when_parameters_change(fitted):
 def test_a_head_whose_loss_is_no_number_is_never_kept(monkeypatch):
     def spoiled(heads, *arguments, **settings):
         history = train_heads(heads, *arguments, **settings)
-        history.arrays()["loss"][-1, lost] = np.nan
+        history.curves["loss"][-1, lost] = np.nan
         return history
 
     monkeypatch.setattr("tsp_utils.estimator.train_heads", spoiled)

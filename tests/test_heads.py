@@ -199,7 +199,7 @@ def test_a_draw_that_rounding_brings_up_to_the_whole_sum_is_the_last_neighbour()
 
 def test_training_finds_the_blobs_and_records_its_curves():
     heads = init_heads(FEATURES, 5, seeds=[0, 1, 2])
-    curves = train_heads(heads, max_epochs=40).arrays()
+    curves = train_heads(heads, max_epochs=40).curves
     assert all(curve.shape == (40, 3) for curve in curves.values())
     assert (curves["loss"][-1] < curves["loss"][0] - 1).all()
     of_batches = (curves["consistency"] - curves["loss"]) / 3  # the curve's: of the epoch's mean

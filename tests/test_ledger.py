@@ -184,7 +184,7 @@ def test_evidence_of_a_notebook_that_changed_is_refused_until_it_leaves_it_anew(
 
 def drawn(table) -> list[tuple[str, list[str]]]:
     """The labels of the claims, and the texts, of the figure."""
-    ax = plot_ledger(table, plt.figure().gca())
+    plot_ledger(table, ax := plt.figure().gca())
     plt.close("all")
     return ([label.get_text() for label in ax.get_yticklabels()],
             [text.get_text() for text in ax.texts])

@@ -22,7 +22,7 @@ _HOME = {
     "heads": ["LinearHeads", "init_heads", "train_heads"],
     "estimator": ["TSPClustering"],
     "metrics": ["clustering_metrics", "confusion", "match_clusters"],
-    "study.claims": ["CLAIMS", "ICBPL_CLAIMS", "RULES", "claim_of"],
+    "study.claims": ["CLAIMS", "ICBPL_CLAIMS", "claim_of"],
     "study.verdicts": ["bootstrap_interval", "decide", "t_interval"],
     "study.ledger": ["Evidence", "read_evidence", "save_evidence"],
     "study.baselines": ["run_baseline"],

@@ -18,7 +18,7 @@ from tsp_utils.weights import BackboneSpec, load_model, state_sha256
 
 _OFFICIAL = "https://dl.fbaipublicfiles.com/dino"
 _NANO_CPU = dict(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, global_pool="avg")
-_ROWS = [
+BACKBONES: dict[str, BackboneSpec] = {spec.name: spec for spec in (
     BackboneSpec("pixels", "pixels", input_size=None, mean=(), std=(), interpolation="none",
                  note="the images at their own size, flattened, in [0, 1]; no weights"),
     BackboneSpec("vit_mini_random", "vit_tiny_patch16_224", dict(img_size=32, patch_size=4),
@@ -51,8 +51,7 @@ _ROWS = [
                  "dino_vitbase16_pretrain.pth",
                  f"{_OFFICIAL}/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
                  dim=768, published_knn=76.1, note="TSP-ViT2"),
-]
-BACKBONES: dict[str, BackboneSpec] = {spec.name: spec for spec in _ROWS}
+)}
 
 
 class Backbone:

@@ -25,10 +25,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is published about a set: images a split, number of classes, their names, source."""
+    """What is published about a set: images a split, its source, the names of its classes."""
 
     splits: dict[str, int]
-    n_classes: int
     source: str
     classes: tuple[str, ...] = ()  # in label order; empty: read from the files
     torchvision: str | None = None  # torchvision's class of this set; None: image folder only
@@ -37,7 +36,7 @@ class DatasetInfo:
 CIFAR_SOURCE = "Krizhevsky (2009), https://www.cs.toronto.edu/~kriz/cifar.html; no licence stated"
 DATASETS = {
     "fashion-mnist": DatasetInfo(
-        {"train": 60_000, "test": 10_000}, 10,
+        {"train": 60_000, "test": 10_000},
         "Xiao et al. (2017), https://github.com/zalandoresearch/fashion-mnist; MIT",
         ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
          "Bag", "Ankle boot"),
@@ -49,26 +48,24 @@ DATASETS = {
         tuple("0123456789"),
     ),
     "cifar10": DatasetInfo(
-        {"train": 50_000, "test": 10_000}, 10, CIFAR_SOURCE,
+        {"train": 50_000, "test": 10_000}, CIFAR_SOURCE,
         ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         "CIFAR10",
     ),
     "cifar100": DatasetInfo(
-        {"train": 50_000, "test": 10_000}, 100, CIFAR_SOURCE, torchvision="CIFAR100",
-    ),
+        {"train": 50_000, "test": 10_000}, CIFAR_SOURCE, torchvision="CIFAR100"),
     "cifar100-20": DatasetInfo(
-        {"train": 50_000, "test": 10_000}, 20, CIFAR_SOURCE + "; the 20 superclasses",
-        torchvision="CIFAR100",
-    ),
+        {"train": 50_000, "test": 10_000}, CIFAR_SOURCE + "; the 20 superclasses",
+        torchvision="CIFAR100"),
     "stl10": DatasetInfo(
-        {"train": 5_000, "test": 8_000, "unlabeled": 100_000}, 10,
+        {"train": 5_000, "test": 8_000, "unlabeled": 100_000},
         "Coates et al. (2011), https://cs.stanford.edu/~acoates/stl10/; drawn from ImageNet, "
         "no licence stated",
         ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
         "STL10",
     ),
     "tinyimagenet32": DatasetInfo(
-        {"train": 100_000, "val": 10_000}, 200,
+        {"train": 100_000, "val": 10_000},
         "Tiny-ImageNet-200 (Stanford CS231n) at 32 px, http://cs231n.stanford.edu/; "
         "ImageNet's terms: research only",
     ),
@@ -110,10 +107,6 @@ class ImageDataset:
 
     def subset(self, indices) -> "ImageDataset":
         """The images at `indices` (integers, a slice or a boolean mask [N]), in that order."""
-        if not isinstance(indices, slice):
-            indices = np.asarray(indices)
-            if indices.size == 0:
-                indices = indices.astype(np.int64)
         chosen = np.arange(len(self))[indices]
         paths = None if self.paths is None else tuple(self.paths[i] for i in chosen)
         if isinstance(self.images, ImageFiles):
@@ -170,9 +163,9 @@ def load_dataset(
     return ImageDataset(name, split, images, labels, classes)
 
 
-def dataset_files(name: str, split: str = "test", root: str | Path | None = None) -> list[Path]:
+def dataset_files(name: str, split: str) -> list[Path]:
     """The files that `load_dataset` would read, of those that are there: none before a download."""
-    root = data_dir() if root is None else Path(root).expanduser()
+    root = data_dir()
     if name == "fashion-mnist" and split == "test":
         return sorted((bundled_dir() / name).iterdir())
     folder = root / name / split if name in DATASETS else Path(name).expanduser()

@@ -63,21 +63,17 @@ def published_files(kind: str, split: str) -> dict[str, str | None]:
 
 
 def _fetch(name: str, source, root: Path, files: list[str], download: bool):
-    """Complete `files` under `root` from torchvision's archive there, else by its download.
-
-    All of it arrives in a hidden folder first, so that a failure leaves nothing behind.
-    """
+    """Complete `files` under `root` from an archive there or a download; a failure leaves none."""
     from torchvision.datasets.utils import check_integrity, extract_archive
 
     if all((root / f).exists() or (root / f"{f}.gz").exists() for f in files):
         return
-    if not hasattr(source, "filename"):  # single files, no archive
-        archive = None
-        by_hand = f"put {files[0]}.gz and {files[1]}.gz from {source.mirrors[0]} into {root}"
-    else:
-        archive = root / source.filename
+    if hasattr(source, "filename"):
+        archive, packed = root / source.filename, (root / source.filename).exists()
         by_hand = f"put {source.filename} from {source.url} into {root}"
-    packed = archive is not None and archive.exists()
+    else:  # single files
+        archive, packed = root, False
+        by_hand = f"put {files[0]}.gz and {files[1]}.gz from {source.mirrors[0]} into {root}"
     if packed and not check_integrity(archive, source.tgz_md5):
         raise OSError(f"{archive} is corrupt or incomplete: delete it and load {name} again.")
     if not packed and not download:

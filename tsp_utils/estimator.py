@@ -71,7 +71,7 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 heads, features, neighbors, entropy_weight=self.entropy_weight,
                 max_epochs=self.max_epochs, min_steps=self.min_steps,
                 batch_size=min(self.batch_size, max(32, len(X) // 8)),
-                learning_rate=self.learning_rate, device=device, progress=False).arrays()
+                learning_rate=self.learning_rate, device=device, progress=False).curves
         self.losses_ = curves["loss"][-1].copy()
         kept = best_head(self.losses_)
         self.history_ = {name: curve[:, kept].copy() for name, curve in curves.items()}

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -14,25 +13,11 @@ from tsp_utils import cache
 from tsp_utils.paths import cache_dir
 
 
-class FrozenBackbone(Protocol):
-    """What features are extracted with: `backbones.Backbone`, or anything of this form."""
-
-    name: str
-
-    def describe(self) -> dict:
-        """Everything that shapes a vector, as JSON values."""
-
-    def prepare(self, images):
-        """Images uint8 [B,H,W,C], or one by one [H,W,C] -> what `encode` takes."""
-
-    def encode(self, x):
-        """What `prepare` gave -> float32 [B,D] on the CPU."""
-
-
-def extract_features(backbone: FrozenBackbone, images, batch_size: int = 256, progress: bool = True,
+def extract_features(backbone, images, batch_size: int = 256, progress: bool = True,
                      out: np.ndarray | None = None) -> np.ndarray:
     """Pass images through a backbone, a batch at a time.
 
+    backbone: a `Backbone`, or what has its name, describe(), prepare(images) and encode(x).
     images: uint8 [N,H,W,C] or a sequence of [H,W,C]; returns float32 [N,D], which is `out` where
     that is given. Raises ValueError for no images, non-finite features or an `out` of another
     shape.
@@ -47,7 +32,7 @@ def extract_features(backbone: FrozenBackbone, images, batch_size: int = 256, pr
     return out  # type: ignore[return-value]
 
 
-def cached_features(backbone: FrozenBackbone, dataset, folder: str | os.PathLike | None = None,
+def cached_features(backbone, dataset, folder: str | os.PathLike | None = None,
                     batch_size: int = 256, progress: bool = True) -> np.ndarray:
     """Features of a data set: of images that were seen before, in whatever set, from the cache.
 

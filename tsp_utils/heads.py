@@ -101,10 +101,6 @@ class History:
     curves: dict[str, np.ndarray]
     seconds: float
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Every curve as [E, S]."""
-        return self.curves
-
 
 def train_heads(heads: LinearHeads, features: np.ndarray, neighbors: Neighbors, *, loss=None,
                 weights: np.ndarray | None = None, entropy_weight: float = 3.0,

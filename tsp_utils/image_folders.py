@@ -4,9 +4,9 @@ import hashlib
 import io
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import joblib
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
@@ -124,37 +124,20 @@ def read_images(folder: Path, paths: list[str]) -> np.ndarray | ImageFiles:
 
     Raises OSError naming a bad file.
     """
-    size = _decode(folder / paths[0]).shape[:2]
+    size, all_grey = _decode(folder / paths[0]).shape[:2], True
     if max(size) > LARGEST_ARRAY_PX:
         return ImageFiles(folder, paths)
     images = np.empty((len(paths), *size, 3), dtype=np.uint8)
-    prefix = str(folder) + os.sep
-
-    def fill(start: int) -> tuple[bool, bool]:
-        all_grey = True
-        for i in range(start, min(start + DECODE_CHUNK, len(paths))):
-            pixels = _decode(prefix + paths[i])
-            if pixels.shape[:2] != size:
-                return False, False
-            images[i] = pixels
-            all_grey &= pixels.shape[2] == 1
-        return True, all_grey
-
-    starts = range(0, len(paths), DECODE_CHUNK)
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        grey = []
-        quiet = len(paths) <= PROGRESS_FROM
-        what = {"desc": f"decoding {folder.name}", "unit": "image"}
-        with tqdm(total=len(paths), leave=False, disable=quiet, **what) as bar:
-            for one_size, all_grey in pool.map(fill, starts):
-                if not one_size:
-                    return ImageFiles(folder, paths)
-                grey.append(all_grey)
-                bar.update(min(DECODE_CHUNK, len(paths) - bar.n))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return images[..., :1].copy() if all(grey) else images
+    decoded = joblib.Parallel(min(8, joblib.cpu_count()), "threading", return_as="generator",
+                              batch_size=DECODE_CHUNK)(
+        joblib.delayed(_decode)(f"{folder}{os.sep}{path}") for path in paths)
+    for i, pixels in enumerate(tqdm(decoded, f"decoding {folder.name}", len(paths), leave=False,
+                                    unit="image", disable=len(paths) <= PROGRESS_FROM)):
+        if pixels.shape[:2] != size:
+            return ImageFiles(folder, paths)
+        images[i] = pixels
+        all_grey &= pixels.shape[2] == 1
+    return images[..., :1].copy() if all_grey else images
 
 
 def _decode(path: Path | str) -> np.ndarray:

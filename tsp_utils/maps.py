@@ -11,10 +11,7 @@ from tsp_utils.neighbors import nearest_neighbors
 
 
 def umap_points(features: np.ndarray, n_points: int, seed: int = 0):
-    """UMAP (cosine) of n_points features chosen by seed: indices [n] and coordinates [n, 2].
-
-    The process has the same numbers of threads afterwards as before.
-    """
+    """UMAP (cosine) of n_points features chosen by seed: indices [n] and coordinates [n, 2]."""
     n_points = min(n_points, len(features))
     chosen = np.sort(np.random.default_rng(seed).choice(len(features), n_points, replace=False))
     vectors = np.asarray(features[chosen])

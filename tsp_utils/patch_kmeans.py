@@ -25,10 +25,7 @@ def _quadrants() -> torch.Tensor:
 
 
 def _contrast_normalised(images: torch.Tensor) -> torch.Tensor:
-    """All 6x6 patches of images [B, 3, 32, 32] in [0, 1], each brought to mean 0 and variance 1.
-
-    Returns [B, 729, 108].
-    """
+    """Patches [B, 729, 108] of images [B, 3, 32, 32] in [0, 1], each of mean 0 and variance 1."""
     patches = F.unfold(images * 255, PATCH)  # [B, 108, 729]
     patches = patches - patches.mean(1, keepdim=True)
     variance = patches.square().sum(1, keepdim=True) / (patches.shape[1] - 1)  # `var`, but faster

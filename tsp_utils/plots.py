@@ -32,15 +32,13 @@ def backbone_color(name: str):
     return BACKBONE_COLORS.get(name) or sns.color_palette("husl", 8)[sum(map(ord, name)) % 8]
 
 
-def plot_consistency(table: pd.DataFrame, ax=None):
+def plot_consistency(table: pd.DataFrame, ax):
     """Label consistency against K (Fig. 1). table: columns backbone, k, consistency (percent)."""
-    ax = ax or plt.gca()
     for name, rows in table.groupby("backbone", sort=False):
         ax.plot(rows["k"], rows["consistency"], marker="o", markersize=3.5, label=name,
                 color=backbone_color(name))
     ax.set(xlabel="neighbours K", ylabel="label consistency (%)", ylim=(0, 100))
     ax.legend(fontsize=10)
-    return ax
 
 
 def plot_images(images: np.ndarray, titles=None, n_columns: int = 10, colors=None):
@@ -64,22 +62,19 @@ def plot_images(images: np.ndarray, titles=None, n_columns: int = 10, colors=Non
     return figure
 
 
-def plot_curves(curves: np.ndarray, label: str, ax=None, reference: float | None = None,
-                color=METHOD_COLORS["head"]):
+def plot_curves(curves: np.ndarray, label: str, ax, reference: float | None = None):
     """Training curves [E, S], one thin line a seed and their mean; an optional reference line."""
-    ax = ax or plt.gca()
     epochs = np.arange(1, len(curves) + 1)
+    color = METHOD_COLORS["head"]
     ax.plot(epochs, curves, color=color, alpha=0.25, linewidth=0.8)
     ax.plot(epochs, curves.mean(1), color=color, linewidth=2)
     if reference is not None:
         ax.axhline(reference, color="0.4", linestyle=":", linewidth=1.2)
     ax.set(xlabel="epoch", title=label)
-    return ax
 
 
-def plot_kmeans_against_head(table: pd.DataFrame, metric: str = "acc", ax=None):
+def plot_kmeans_against_head(table: pd.DataFrame, metric: str, ax):
     """Each seed as a line from its K-means to its head. table: columns method, seed, <metric>."""
-    ax = ax or plt.gca()
     wide = table.pivot(index="seed", columns="method", values=metric)[["k-means", "head"]]
     ax.plot([0, 1], wide.T, color="0.75", linewidth=1, zorder=1)
     for x, method in enumerate(wide):
@@ -88,12 +83,10 @@ def plot_kmeans_against_head(table: pd.DataFrame, metric: str = "acc", ax=None):
                     color=METHOD_COLORS[method], marker="_", markersize=14, capsize=3)
     ax.set(xticks=[0, 1], xticklabels=[DISPLAY_NAMES[m] for m in wide], xlim=(-0.5, 1.5),
            ylabel=f"{metric.upper()} (%)")
-    return ax
 
 
-def plot_confusion(counts: np.ndarray, classes, class_of, ax=None):
+def plot_confusion(counts: np.ndarray, classes, class_of, ax):
     """Row-normalised confusion [n_classes, n_clusters], clusters ordered by their matched class."""
-    ax = ax or plt.gca()
     order = np.argsort(np.where(class_of < 0, len(classes), class_of), kind="stable")
     shares = np.round(100 * counts[:, order] / counts.sum(1, keepdims=True), 6)  # halves stay so
     few = len(classes) <= MOST_NAMED  # else names and numbers would cover each other
@@ -104,12 +97,10 @@ def plot_confusion(counts: np.ndarray, classes, class_of, ax=None):
                 else False)
     ax.set(xlabel="cluster, named by its matched class", ylabel="class")
     plt.setp(ax.get_xticklabels(), rotation=60, ha="right", rotation_mode="anchor")
-    return ax
 
 
-def plot_map(points: np.ndarray, groups: np.ndarray, names, ax=None, legend: bool = True):
+def plot_map(points: np.ndarray, groups: np.ndarray, names, ax, legend: bool = True):
     """A two-dimensional map [N, 2] coloured by group [N]; no legend for more than twenty names."""
-    ax = ax or plt.gca()
     colors = CLASS_PALETTE if len(names) <= len(CLASS_PALETTE) else sns.husl_palette(len(names))
     for c, name in enumerate(names):
         chosen = points[groups == c]
@@ -120,4 +111,3 @@ def plot_map(points: np.ndarray, groups: np.ndarray, names, ax=None, legend: boo
     ax.spines[:].set_visible(False)
     if legend and len(names) <= MOST_NAMED:
         ax.legend(markerscale=3, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    return ax

@@ -106,7 +106,8 @@ def _find_weights(spec: BackboneSpec) -> Path | None:
         return bundled_dir() / spec.file
     path = data_dir() / "weights" / spec.file
     if path.is_file():
-        if (recorded := _recorded(path)).exists() and recorded.read_text() != file_sha256(path):
+        recorded = path.with_name(f"{path.name}.sha256")
+        if recorded.exists() and recorded.read_text() != file_sha256(path):
             raise ValueError(f"{path} is not the file that was downloaded: delete it, to fetch it "
                              f"again, or {recorded.name}, to take it as it is")
         return path
@@ -126,15 +127,11 @@ def _download(spec: BackboneSpec, path: Path) -> None:
         torch.hub.download_url_to_file(spec.url, str(partial))
         _read_state(partial)  # a connection that broke off leaves a torn file and no error
         os.replace(partial, path)
-        _recorded(path).write_text(file_sha256(path))  # nobody publishes one: the first is kept
+        path.with_name(f"{path.name}.sha256").write_text(file_sha256(path))  # none is published
     except Exception as error:
         raise _download_error(spec, error) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _recorded(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
 
 
 def file_sha256(path: Path) -> str:
@@ -156,19 +153,12 @@ def _load_strictly(model: nn.Module, path: Path, spec: BackboneSpec) -> nn.Modul
     heads = ("head", *((classifier,) if isinstance(classifier, str) else classifier))
     state = {key: value for key, value in state.items()
              if key in due or not key.startswith(tuple(f"{head}." for head in heads))}
-    wrong = {
-        "missing": [key for key in due if key not in state],
-        "unexpected": [key for key in state if key not in due],
-        "misshapen": [f"{key} {list(state[key].shape)} for {list(due[key].shape)}"
-                      for key in due if key in state and state[key].shape != due[key].shape],
-    }
-    if any(wrong.values()):
-        parts = [f"{what} {', '.join(keys[:3])}"
-                 + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-                 for what, keys in wrong.items() if keys]
-        raise ValueError(f"{path} does not fit {spec.name} ({spec.architecture}): "
-                         f"{'; '.join(parts)}; pass a checkpoint of this architecture")
-    model.load_state_dict(state, strict=True)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # torch names what is missing, unexpected or of another shape
+        said = textwrap.shorten(str(error).partition("\n")[2], 300, placeholder=" ...")
+        raise ValueError(f"{path} does not fit {spec.name} ({spec.architecture}): {said} Pass a "
+                         f"checkpoint of this architecture") from None
     return model
 
 

@@ -7,8 +7,6 @@ at a time; one that does not match its description is named and made again.
 
 import contextlib
 import dataclasses
-import functools
-import hashlib
 import importlib
 import json
 import logging
@@ -21,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from tsp_utils.cache.keys import code_of, data_of, plain
+from tsp_utils.cache.keys import code_of, data_of, hash_of, plain
 from tsp_utils.devices import find_device
 from tsp_utils.paths import cache_dir, write_whole
 
@@ -34,9 +32,10 @@ def seeds(folder: str, label: str, inputs, functions, wanted, make: Callable) ->
     A seed gives the same run alone or among others, so a file grows: `make(seeds)` is called for
     those that it lacks, and more seeds cost no more than the difference. One process at a time.
     """
-    with _entry(folder, label, inputs, functions) as entry:
-        arrays = entry.read()
-        there = {int(seed): row for row, seed in enumerate(arrays.pop("seeds"))} if arrays else {}
+    entry = _Entry(folder, label, inputs, functions)
+    with locked(entry.path):
+        arrays = entry.read() or {}
+        there = {int(seed): row for row, seed in enumerate(arrays.pop("seeds", ()))}
         lacking = [seed for seed in wanted if seed not in there]
         if lacking:
             made = make(lacking) | {"made_with": np.full(len(lacking), made_with())}
@@ -50,7 +49,8 @@ def seeds(folder: str, label: str, inputs, functions, wanted, make: Callable) ->
 
 def arrays(folder: str, label: str, inputs, functions, make: Callable) -> dict:
     """Arrays by name that `make()` returned, now or the last time. One process at a time."""
-    with _entry(folder, label, inputs, functions) as entry:
+    entry = _Entry(folder, label, inputs, functions)
+    with locked(entry.path):
         found = entry.read()
         if found is None:
             found = {name: np.asarray(value) for name, value in make().items()}
@@ -61,10 +61,8 @@ def arrays(folder: str, label: str, inputs, functions, make: Callable) -> dict:
 
 def record(folder: str, label: str, inputs, functions, make: Callable) -> dict:
     """What `make()` returned, JSON values by name, now or the last time: for runs of minutes."""
-    def as_text() -> dict:
-        return {"record": json.dumps(make())}
-
-    return json.loads(str(arrays(folder, label, inputs, functions, as_text)["record"]))
+    found = arrays(folder, label, inputs, functions, lambda: {"record": json.dumps(make())})
+    return json.loads(str(found["record"]))
 
 
 def call(function: Callable, *arguments, **named):
@@ -107,42 +105,27 @@ def fitted(estimator, X):
         return estimator.fit(X)
 
     def make() -> dict:
-        learned = vars(estimator.fit(X))
-        flat = {name: value for name, value in learned.items() if name.endswith("_")}
-        for name, value in list(flat.items()):
-            if isinstance(value, dict):
-                flat |= {f"{name}/{part}": item for part, item in flat.pop(name).items()}
-        return flat
+        return {f"{name}/{part}": item for name, value in vars(estimator.fit(X)).items()
+                if name.endswith("_") for part, item in (
+                    value.items() if isinstance(value, dict) else [("", value)])}
 
-    inputs = [type(estimator).__name__, estimator.get_params(), np.asarray(X)]
-    for name, value in arrays("fits", type(estimator).__name__, inputs,
-                              [type(estimator).fit], make).items():
-        whole, _, part = name.partition("/")
+    name = type(estimator).__name__
+    for place, value in arrays("fits", name, [name, estimator.get_params(), np.asarray(X)],
+                               [type(estimator).fit], make).items():
+        whole, _, part = place.partition("/")
         value = value if value.ndim else value.item()
-        if part:
-            vars(estimator).setdefault(whole, {})[part] = value
-        else:
-            setattr(estimator, whole, value)
+        vars(estimator)[whole] = vars(estimator).get(whole, {}) | {part: value} if part else value
     return estimator
 
 
-class _entry(contextlib.AbstractContextManager):
-    """One .npz of the cache, locked while it is looked at, made or grown."""
+class _Entry:
+    """One .npz of the cache."""
 
     def __init__(self, folder: str, label: str, inputs, functions):
         description = {"inputs": plain(inputs), "code": code_of(*functions)}
         self.description = json.dumps(description, sort_keys=True)
-        name = f"{file_name(label)}_{key_of_description(description)}.npz"
+        name = f"{file_name(label)}_{hash_of(description)}.npz"
         self.path = cache_dir() / folder / name
-
-    def __enter__(self):
-        _name_old_files(cache_dir())
-        self.lock = locked(self.path)
-        self.lock.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        return self.lock.__exit__(*error)
 
     def read(self) -> dict | None:
         """The arrays of the file; None where there is none, or one that is not what it says."""
@@ -167,20 +150,6 @@ class _entry(contextlib.AbstractContextManager):
 def file_name(label: str) -> str:
     """A label without what a file system may refuse, at most 80 characters of its end."""
     return re.sub(r"[^\w.-]+", "-", label)[-80:].strip("-.")
-
-
-def key_of_description(description: dict) -> str:
-    text = json.dumps(description, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@functools.lru_cache(maxsize=8)  # once a folder
-def _name_old_files(folder: Path) -> None:
-    old = [*folder.glob("features/*.npy"), *folder.glob("heads/*_heads.npz"),
-           *folder.glob("heads/*_kmeans.npz"), *folder.glob("heads/*_clusters.npz")]
-    if old:
-        logger.warning("%s holds %d files of an earlier version, which are not used any more; "
-                       "make clean removes them.", folder, len(old))
 
 
 @contextlib.contextmanager

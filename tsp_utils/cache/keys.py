@@ -9,7 +9,6 @@ import dataclasses
 import dis
 import functools
 import hashlib
-import importlib
 import json
 import linecache
 import sys
@@ -28,8 +27,12 @@ SHAPES_NOTHING = {f"{PACKAGE}.{name}" for name in (
 
 def key_of(inputs, *functions) -> str:
     """16 hex digits of inputs (`plain` values) and of the code that the functions call."""
-    text = json.dumps([plain(inputs), code_of(*functions)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hash_of([plain(inputs), code_of(*functions)])
+
+
+def hash_of(value) -> str:
+    """16 hex digits of JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def plain(value):
@@ -52,10 +55,10 @@ def plain(value):
     if hasattr(value, "detach"):  # a tensor
         value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray):
-        content = value.tolist() if value.dtype == object else np.ascontiguousarray(value)
         if value.dtype == object:
-            return content
-        return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
+            return value.tolist()
+        content = hashlib.sha256(np.ascontiguousarray(value)).hexdigest()
+        return [str(value.dtype), list(value.shape), content]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name))
                 for field in dataclasses.fields(value)}
@@ -92,44 +95,34 @@ def data_of(function) -> dict:
 def code_called_by(source: str) -> str:
     """16 hex digits of the code of this package that a notebook's source calls, registries too."""
     tree = ast.parse(source)
-    package = importlib.import_module(PACKAGE)
-    names, found = set(), []
-    aliases = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            aliases |= {(item.asname or item.name): item.name for item in node.names
-                        if item.name.partition(".")[0] == PACKAGE}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
-            for item in node.names:
-                value = _attribute(importlib.import_module(node.module or PACKAGE), item.name)
-                if isinstance(value, types.ModuleType):
-                    aliases[item.asname or item.name] = value.__name__
-                else:
-                    found.append(value)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            names.add(node.attr)
-            base = ast.unparse(node.value)
-            if base in aliases:
-                module = package if aliases[base] == PACKAGE else importlib.import_module(
-                    aliases[base])
-                found.append(_attribute(module, node.attr))
-    return _digest(_reached([value for value in found if value is not None], names,
-                            registries=True))
+    imported = _imported(tree)
+
+    def value_of(node):  # tsp.tsp_loss, plots.plot_map
+        if not isinstance(node, ast.Attribute):
+            return imported.get(getattr(node, "id", None))
+        base = value_of(node.value)
+        return getattr(base, node.attr, None) if isinstance(base, types.ModuleType) else None
+
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    found = [value for value in (*imported.values(), *map(value_of, attributes))
+             if not isinstance(value, types.ModuleType | None)]
+    return _digest(_reached(found, {node.attr for node in attributes}, registries=True))
 
 
-def _attribute(module, name: str):
-    """A module's attribute, or its submodule of that name; None where there is neither."""
-    with contextlib.suppress(AttributeError):
-        return getattr(module, name)
-    with contextlib.suppress(ImportError):
-        return importlib.import_module(f"{module.__name__}.{name}")
-    return None
+def _imported(tree) -> dict:
+    """name -> value of what a syntax tree imports from this package."""
+    found: dict = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [getattr(node, "module", None) or item.name for item in node.names]
+            if PACKAGE in (name.partition(".")[0] for name in modules):
+                with contextlib.suppress(ImportError):  # for whoever runs it to see
+                    exec(compile(ast.Module([node], []), "<imports>", "exec"), {}, found)
+    return found
 
 
 def _digest(reached: dict) -> str:
-    text = json.dumps(sorted(reached.values()))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hash_of(sorted(reached.values()))
 
 
 def _reached(given, names: set, data: dict | None = None, registries: bool = False) -> dict:
@@ -248,11 +241,8 @@ def _uses(function, trees) -> tuple[set, dict]:
             used[name] = cell.cell_contents
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     used |= {f"default {i}": item for i, item in enumerate(defaults) if not _is_plain(item)}
-    for node in (node for tree in trees for node in ast.walk(tree)):  # imported where it is used
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
-            module = importlib.import_module(node.module or PACKAGE)
-            used |= {item.name: value for item in node.names
-                     if (value := _attribute(module, item.name)) is not None}
+    for tree in trees:  # imported where it is used
+        used |= _imported(tree)
     return names, used
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tsp_utils.cache.entries import file_name, key_of_description, locked, made_with
-from tsp_utils.cache.keys import code_of, plain
+from tsp_utils.cache.entries import file_name, locked, made_with
+from tsp_utils.cache.keys import code_of, hash_of, plain
 from tsp_utils.paths import write_json
 
 logger = logging.getLogger(__name__)
@@ -46,11 +46,8 @@ def rows(folder: Path, label: str, inputs, functions, digests: list[bytes], make
 
 def _first_positions(digests, index) -> list[int]:
     """Where each digest that is not in the index comes first."""
-    first: dict[bytes, int] = {}
-    for i, digest in enumerate(digests):
-        if digest not in index:
-            first.setdefault(digest, i)
-    return list(first.values())
+    last_to_first = reversed([*enumerate(digests)])
+    return sorted({digest: i for i, digest in last_to_first if digest not in index}.values())
 
 
 class _Rows:
@@ -63,7 +60,7 @@ class _Rows:
 
     def __init__(self, folder: Path, label: str, inputs, functions):
         self.description = {"inputs": plain(inputs), "code": code_of(*functions)}
-        name = f"{file_name(label)}_{key_of_description(self.description)}"
+        name = f"{file_name(label)}_{hash_of(self.description)}"
         self.data, self.sums, self.about = (
             folder / f"{name}.{kind}" for kind in ("f32", "sums", "json"))
         self.dim = self._known_dim()

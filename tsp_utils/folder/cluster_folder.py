@@ -1,6 +1,5 @@
 """A folder of images -> clusters.csv and report.html."""
 
-import json
 import logging
 import os
 import tempfile
@@ -12,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from tsp_utils import cache
 from tsp_utils.backbones import load_backbone
-from tsp_utils.cache import versions
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.estimator import TSPClustering
 from tsp_utils.features import cached_features
@@ -26,7 +25,7 @@ from tsp_utils.image_folders import (
     read_images,
 )
 from tsp_utils.neighbors import Neighbors, nearest_neighbors
-from tsp_utils.paths import cache_dir, write_json, write_whole
+from tsp_utils.paths import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +119,7 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
          "seed": seed, "settings": model.get_params() | {"random_state": seed},
          "seconds": {"features": round(extracted - start, 1),
                      "clusters": round(time.perf_counter() - extracted, 1)},
-         "versions": versions()})
+         "versions": cache.versions()})
 
 
 def _features(network, folder: Path, paths: list[str], n_clusters: int):
@@ -138,7 +137,13 @@ def _features(network, folder: Path, paths: list[str], n_clusters: int):
                           ), files.unreadable
     dataset = ImageDataset(name, None, files)  # photos: decoded while the network computes
     features = cached_features(network, dataset)
-    unreadable = _unreadable(dataset)
+
+    def unreadable_files() -> dict:  # features from the cache have not seen every file
+        for i in set(range(len(paths))) - files.seen:
+            files[i]
+        return files.unreadable
+
+    unreadable = cache.record("unreadable", name, dataset.fingerprint, [], unreadable_files)
     kept = np.array([path not in unreadable for path in paths])
     _check_number(folder, int(kept.sum()), n_clusters, len(unreadable))
     return np.asarray(features[kept]), unreadable
@@ -198,23 +203,6 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         if os.path.isdir(folder) and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def _unreadable(dataset: ImageDataset) -> dict[str, str]:
-    """path -> reason of the files that could not be read, kept beside the cached features.
-
-    Features that come from the cache, or from a run that was resumed, have not seen every file.
-    """
-    images = dataset.images
-    path = cache_dir() / "features" / f"unreadable-{dataset.fingerprint[:16]}.json"
-    if len(images.seen) < len(images):
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError):
-            for i in sorted(set(range(len(images))) - images.seen):
-                images[i]
-    write_json(path, images.unreadable)
-    return images.unreadable
 
 
 def _advice(network, images: ImageFiles) -> list[str]:

@@ -12,6 +12,8 @@ from pathlib import Path
 import jinja2
 import numpy as np
 from PIL import Image
+from scipy.stats import entropy
+from sklearn.metrics import confusion_matrix
 
 from tsp_utils.estimator import TSPClustering
 from tsp_utils.image_folders import ImageFiles
@@ -49,8 +51,8 @@ def folder_page(found) -> str:
         color=lambda c: PALETTE[c] if len(shares) <= len(PALETTE) else (
             f"hsl({360 * c / len(shares):.0f} {55 + 20 * (c % 2)}% {42 + 8 * (c % 3)}%)"),
         step=step, points=_on_canvas(points, rows, found, on_map),
-        curve=_curve(found.history["loss"]), collapse=collapse_figures(found),
-        after_the_fact=after_the_fact(found), command=_command(found))
+        curve=_curve(found.history["loss"]), entropy=entropy(found.probabilities.mean(0)),
+        most=math.log(len(shares)), after_the_fact=after_the_fact(found), command=_command(found))
 
 
 def neighbor_shares(clusters: np.ndarray, indices: np.ndarray, n_clusters: int) -> np.ndarray:
@@ -58,9 +60,8 @@ def neighbor_shares(clusters: np.ndarray, indices: np.ndarray, n_clusters: int) 
 
     clusters int [N], indices [N, K]. Rows of empty clusters are 0.
     """
-    counts = np.zeros((n_clusters, n_clusters))
-    np.add.at(counts, (np.repeat(clusters, indices.shape[1]), clusters[indices].reshape(-1)), 1)
-    return counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return confusion_matrix(np.repeat(clusters, indices.shape[1]), clusters[indices].ravel(),
+                            labels=range(n_clusters), normalize="true")
 
 
 def chosen_images(found, cluster: int, n: int) -> tuple[list[int], list[int], list[int]]:
@@ -86,16 +87,6 @@ def map_points(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     from tsp_utils.maps import umap_points
 
     return umap_points(features, MAP_POINTS)
-
-
-def collapse_figures(found) -> dict:
-    """Clusters in use, the largest one's share, entropy of the mean prediction and its maximum."""
-    sizes = np.bincount(found.clusters, minlength=found.probabilities.shape[1])
-    mean = found.probabilities.mean(0)
-    entropy = -(mean * np.log(np.maximum(mean, 1e-30))).sum()
-    return {"used": int((sizes > 0).sum()), "n_clusters": len(sizes),
-            "largest": 100 * sizes.max() / sizes.sum(), "entropy": float(entropy),
-            "most": math.log(len(sizes))}
 
 
 def after_the_fact(found) -> dict | None:
@@ -146,36 +137,25 @@ def _curve(loss: np.ndarray) -> str:
 
 
 def _command(found) -> str:
-    """What makes these clusters again in a shell, in the folder where they were made.
-
-    The command with all of its settings; a line of Python where others were changed as well.
-    """
-    made, n_clusters = found.made, found.probabilities.shape[1]
-    default = TSPClustering().get_params()
-    settings = {name: value for name, value in made["settings"].items()
-                if name not in ("n_clusters", "random_state")}
-    own = {"backbone": made["backbone"], "n_neighbors": settings.pop("n_neighbors"),
-           "entropy_weight": settings.pop("entropy_weight"), "seed": made["seed"]}
-    others = {name: value for name, value in settings.items() if value != default[name]}
+    """What makes these clusters again in a shell: the command, or Python for other settings."""
+    made, n_clusters, settings = found.made, found.probabilities.shape[1], found.made["settings"]
+    own = {"backbone": made["backbone"], "n_neighbors": settings["n_neighbors"],
+           "entropy_weight": settings["entropy_weight"], "seed": made["seed"], "out": made["out"]}
+    others = {name: settings[name] for name, value in TSPClustering().get_params().items()
+              if name not in (*own, "n_clusters", "random_state") and settings[name] != value}
     if others:
-        named = own | {"out": made["out"]} | others if "out" in made else own | others
         call = ", ".join([repr(str(found.folder)), str(n_clusters)] + [
             f"{name}={value if isinstance(value, Number) else repr(str(value))}"
-            for name, value in named.items()])
+            for name, value in (own | others).items()])
         words = ["python", "-c", "from tsp_utils.folder.cluster_folder import cluster_folder; "
                                  f"cluster_folder({call})"]
-    else:
-        words = ["python", "-m", "tsp_utils", "cluster", _as_path(found.folder), "--n-clusters",
-                 n_clusters]
+    else:  # a path must not be taken for an option
+        folder, own["out"] = (f"./{path}" if str(path).startswith("-") else str(path)
+                              for path in (found.folder, made["out"]))
+        words = ["python", "-m", "tsp_utils", "cluster", folder, "--n-clusters", n_clusters]
         for name, value in own.items():
             words += ["--" + name.replace("_", "-"), value]
-        words += ["--out", _as_path(made["out"])] if "out" in made else []
     return " ".join(_quoted(str(word)) for word in words)
-
-
-def _as_path(path) -> str:
-    """A path that cannot be taken for an option."""
-    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def _quoted(word: str) -> str:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from tsp_utils.paths import write_whole
 from tsp_utils.pretraining.dino import Dino, DinoRecipe, schedule
@@ -15,46 +14,35 @@ from tsp_utils.pretraining.dino import Dino, DinoRecipe, schedule
 logger = logging.getLogger(__name__)
 
 
-def pretrain_dino(images, recipe: DinoRecipe | None = None, *, budget_images: int | None = None,
-                  budget_minutes: float | None = None, seed: int = 0, device: str = "cpu",
-                  dtype: torch.dtype = torch.float32, compiled: bool = False, checkpoint=None,
-                  save_every_s: float = 60, n_reports: int = 20, callback=None) -> Dino:
+def pretrain_dino(images, recipe: DinoRecipe | None = None, *, budget_images: int,
+                  seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32,
+                  compiled: bool = False, checkpoint=None, save_every_s: float = 60,
+                  n_reports: int = 20, callback=None) -> Dino:
     """Train a backbone by DINO within a budget; returns the run (`.teacher.backbone`, `.log`).
 
     Under torchrun with an initialised process group each process takes its share of every batch;
     batch norm then sees the joint batch on CUDA, and its own share elsewhere.
 
-    images uint8 [N, H, W, 3], without labels. The budget is images seen, or minutes; schedules run
-    over it. `checkpoint` names a file that is resumed from if it is there and saved to every
+    images uint8 [N, H, W, 3], without labels. The budget is images seen; schedules run over it.
+    `checkpoint` names a file that is resumed from if it is there and saved to every
     save_every_s seconds. `callback(run, entry)` is called n_reports times, for read-outs. A
     collapse (teacher's mean output or features without spread) is a logged warning.
     Raises ValueError for a budget of 0, too few or too small images, a checkpoint of other
     settings; RuntimeError for a run that diverged.
     """
     recipe = recipe or DinoRecipe()
-    if not (budget_images or budget_minutes) or min(budget_images or 1, budget_minutes or 1) <= 0:
-        raise ValueError("The budget is empty; pass budget_images or budget_minutes above 0.")
+    if budget_images < 1:
+        raise ValueError("The budget is empty; pass budget_images of at least 1.")
     run = Dino(images, recipe, seed, device, dtype, compiled)
-    run.budget = f"{budget_images} images, {budget_minutes} minutes"
+    run.budget = f"{budget_images} images"
     if checkpoint is not None and Path(checkpoint).exists():
         load_run(run, checkpoint)
     saved = start = time.perf_counter()
     earlier = run.seconds
-
-    def progress() -> float:
+    while (at := run.images_seen / budget_images) < 1:
+        loss = run.step(at)
         run.seconds = earlier + time.perf_counter() - start
-        share = max(run.images_seen / budget_images if budget_images else 0,
-                    run.seconds / 60 / budget_minutes if budget_minutes else 0)
-        if budget_minutes and dist.is_initialized():  # by one clock, or processes would part
-            shared = torch.tensor(share, device=device, dtype=torch.float64)
-            dist.broadcast(shared, 0)
-            share = float(shared)
-        return share
-
-    share = progress()
-    while share < 1:
-        at, loss = share, run.step(share)
-        share = progress()
+        share = run.images_seen / budget_images
         if share * n_reports >= len(run.log) + 1 or share >= 1:
             if not loss.isfinite():
                 raise diverged(run.images_seen)

@@ -168,21 +168,3 @@ def claim_of(claim_id: str) -> Claim:
     if claim_id not in claims:
         raise ValueError(unknown("claim", claim_id, claims))
     return claims[claim_id]
-
-
-RULES = {
-    "unit": "Head claims vary the head's seed on fixed features; backbone claims compare pretrained"
-    " networks: one network an arm decides at best for this pair of networks.",
-    "budget": "All arms of one size see the same number of images, each on a full schedule.",
-    "ratio": "C6 is judged with a source 25 times the target (the paper: 26); 8 and 2 draw curves.",
-    "parity": "ResNet and ViT: parameters within 10 %, forward FLOPs within 25 %, same recipe"
-    " search; C1 and C5 need in-domain kNN within 3 points.",
-    "steelman": "The arm that a claim wants to lose gets at least as many tuning trials; the"
-    " target's labels are read once, at the end, at the last epoch; all trials are listed.",
-    "protocol": "Heads fit on train and score on test (primary) and train; `all` is a column more.",
-    "neighbours": "C1 under inner product, cosine and Euclidean distance; Eq. 4 in one metric.",
-    "scope": "Every row says `same claim`, `analogue at 32 px` or `not testable here`, and where"
-    " the paper's own label consistency lies beside ours.",
-    "verdicts": "By the 95 % t-interval of paired differences: holds (lower end > 0, mean >= m),"
-    " does not hold (upper end < m; reversed if < 0), inconclusive, or not tested.",
-}

@@ -2,7 +2,6 @@
 
 import re
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -17,9 +16,8 @@ VERDICT_COLORS = {"holds": "#4a9d5b", "does not hold": "#c9504c", "inconclusive"
 WITHOUT_HEAD = ("k-means", "k-means-20", "spherical k-means", "gmm", "spectral")
 
 
-def plot_method(ax=None):
+def plot_method(ax):
     """Fig. 3 in our words: what is frozen, what is trained, where labels come in."""
-    ax = ax or plt.gca()
     boxes = [
         (0.0, "images of\nthe target", "0.93"),
         (1.0, "backbone,\npretrained without\nlabels on a larger\nsource (DINO)", "#dce8f2"),
@@ -41,15 +39,13 @@ def plot_method(ax=None):
     ax.text(6.78, -0.12, "labels: only to score", ha="center", va="top", fontsize=9.5, color="0.35")
     ax.set(xlim=(-0.1, 7.45), ylim=(-0.3, 1.0))
     ax.axis("off")
-    return ax
 
 
-def plot_crossover(table: pd.DataFrame, metric: str = "acc", ax=None):
+def plot_crossover(table: pd.DataFrame, metric: str, ax):
     """Target-only arms over the number of their images, the source's arm as a band.
 
     table: one row an arm, with columns arm, n_images, <metric>_mean and <metric>_std.
     """
-    ax = ax or plt.gca()
     mean, std = f"{metric}_mean", f"{metric}_std"
     source = table[table["arm"] == "source"].iloc[0]
     ax.axhspan(source[mean] - source[std], source[mean] + source[std], alpha=0.15,
@@ -67,17 +63,15 @@ def plot_crossover(table: pd.DataFrame, metric: str = "acc", ax=None):
     ax.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=35)
     ax.set_xticks([], minor=True)
     ax.legend(fontsize=9)
-    return ax
 
 
-def plot_ledger(table: pd.DataFrame, ax=None):
+def plot_ledger(table: pd.DataFrame, ax):
     """One line a claim: difference and interval, the margin as a bar, the verdict as its colour.
 
     table: columns id, mean, low, high, rule ("m = 2; ..."), verdict, qualifier, backbone, target;
     the first claim on top. An equivalence (C9) has a bar at both ends of its band; a verdict that
     another metric capped says so.
     """
-    ax = ax or plt.gca()
     y = np.arange(len(table))[::-1]
     margins = table["rule"].str.extract(r"m = ([\d.]+)")[0].astype(float)
     for verdict, color in VERDICT_COLORS.items():
@@ -99,17 +93,15 @@ def plot_ledger(table: pd.DataFrame, ax=None):
                 color="0.35", va="center", transform=ax.get_yaxis_transform())
     ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.14), ncols=4, fontsize=9.5,
               columnspacing=1, handletextpad=0.3)
-    return ax
 
 
-def plot_heads(table: pd.DataFrame, order, ax=None, bound: float | None = None):
+def plot_heads(table: pd.DataFrame, order, ax, bound: float | None = None):
     """One line a clustering method on one feature set: mean ACC and standard deviation.
 
     table: columns method, acc_mean, acc_std (percent); order: the methods, best on top; bound: the
     linear probe's ACC. Trained heads are red, TSP filled; what has no head is grey. A method
     without numbers gets the words "not run" at the left edge.
     """
-    ax = ax or plt.gca()
     rows = table.set_index("method").reindex(order)
     y = np.arange(len(rows))[::-1]
     for height, (name, row) in zip(y, rows.iterrows(), strict=True):
@@ -126,15 +118,13 @@ def plot_heads(table: pd.DataFrame, order, ax=None, bound: float | None = None):
         ax.annotate("probe", (bound, y[0] + 0.5), fontsize=9, color="0.35", ha="right", rotation=90,
                     va="top", xytext=(-2, 0), textcoords="offset points")
     ax.set(yticks=y, yticklabels=order, xlabel="ACC (%)", ylim=(-0.7, y[0] + 0.7))
-    return ax
 
 
-def plot_finetuning_map(table: pd.DataFrame, value: str, columns, ax=None):
+def plot_finetuning_map(table: pd.DataFrame, value: str, columns, ax):
     """Loss and batch (rows) by depth and learning rate (columns): change against frozen, points.
 
     table: columns row, column, <value>, n; columns: their order; what was not run stays empty.
     """
-    ax = ax or plt.gca()
     wide = table.pivot(index="row", columns="column", values=value)
     wide = wide.reindex(index=table["row"].unique(), columns=columns)
     n = table.pivot(index="row", columns="column", values="n").reindex_like(wide)
@@ -145,4 +135,3 @@ def plot_finetuning_map(table: pd.DataFrame, value: str, columns, ax=None):
     ax.set(xlabel="", ylabel="")
     ax.grid(False)
     ax.tick_params(axis="y", rotation=0)
-    return ax

@@ -213,10 +213,7 @@ def _scored(data: FeaturesToCluster, clusters: np.ndarray, seed: int) -> dict:
 
 
 def _spherical(fitted, n_clusters: int, seed: int) -> np.ndarray:
-    """K-means by cosine, its centres kept at unit length (Dhillon and Modha, 2001): faiss's.
-
-    Vectors [N, D] -> centres [C, D].
-    """
+    """K-means by cosine (Dhillon and Modha, 2001), faiss's: [N, D] -> unit centres [C, D]."""
     fitted = fitted / np.maximum(np.linalg.norm(fitted, axis=1, keepdims=True), 1e-12)
     found = faiss.Kmeans(fitted.shape[1], n_clusters, niter=100, spherical=True, seed=seed + 1,
                          max_points_per_centroid=len(fitted), min_points_per_centroid=1)

@@ -124,10 +124,7 @@ def _stamp(study, notebook: str) -> dict:
 
 def table_of(cells: Sequence[Evidence]) -> pd.DataFrame:
     """One row a cell, with its verdict and Holm's p over the cells."""
-    rows = []
-    for cell in cells:
-        verdict, claim = cell.verdict, claim_of(cell.claim)
-        rows.append(_row(claim, cell, verdict) | {"cell": cell.cell, "n": verdict.n})
+    rows = [_row(cell, cell.verdict) | {"cell": cell.cell} for cell in cells]
     table = pd.DataFrame(rows, columns=["id", "cell", *COLUMNS[1:-3], "n", *COLUMNS[-3:]])
     table.insert(table.columns.get_loc("p") + 1, "p_holm", holm(table["p"]))
     return table
@@ -138,24 +135,18 @@ def ledger(cells: Sequence[Evidence], claims: Sequence[Claim] = CLAIMS) -> pd.Da
     rows = []
     for claim in claims:
         own = [cell for cell in cells if cell.claim == claim.id]
-        if own:
-            rows.append(_row(claim, own[0], claim.combine(own)))
-        else:
-            missing = Evidence(claim.id, "", "", "", "", 0, 0, unmet=claim.unmeasured)
-            rows.append(_row(claim, missing, missing.verdict))
+        first = own[0] if own else Evidence(claim.id, *[""] * 4, 0, 0, unmet=claim.unmeasured)
+        rows.append(_row(first, claim.combine(own) if own else first.verdict))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _row(claim: Claim, cell: Evidence, verdict: Verdict) -> dict:
-    same = cell.backbone.startswith("dino_")  # the paper's own networks
-    return {
+def _row(cell: Evidence, verdict: Verdict) -> dict:
+    claim, same = claim_of(cell.claim), cell.backbone.startswith("dino_")  # the paper's networks
+    return asdict(verdict) | {
         "id": claim.id, "scope": "same claim" if same else claim.scope, "quantity": claim.quantity,
         "backbone": cell.backbone, "target": cell.target, "protocol": cell.protocol,
-        "n_pretrain": cell.n_pretrain, "n_head": cell.n_head, "mean": verdict.mean,
-        "low": verdict.low, "high": verdict.high, "p": verdict.p,
-        "rule": f"m = {claim.margin:g}; {claim.decides}", "verdict": verdict.verdict,
-        "qualifier": verdict.qualifier,
-    }
+        "n_pretrain": cell.n_pretrain, "n_head": cell.n_head,
+        "rule": f"m = {claim.margin:g}; {claim.decides}"}
 
 
 def to_markdown(table: pd.DataFrame) -> str:

@@ -216,9 +216,8 @@ def load_study(profile: str = "offline") -> Study:
             raise ValueError(f"The override {override!r} has no value; write {key}=VALUE.")
         many = any(field.name == key and "tuple" in str(field.type) for field in fields(Study))
         settings[key] = value.split(",") if many else _read_yaml(value, f"the override {override}")
-    for key in settings:
-        if key == "profile" or key not in Settings.__pydantic_fields__:
-            raise ValueError(_unknown(key))
+    if "profile" in settings:
+        raise ValueError(_unknown("profile"))
     study = Study(profile="+".join([name, *(re.sub(r"[^\w=.,-]", "-", o) for o in overrides)]),
                   **settings)
     if study.default_backbone in study.backbones:

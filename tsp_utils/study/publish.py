@@ -70,10 +70,8 @@ def publish_figures(profile: str) -> list[Path]:
                                 f"PROFILE={profile} first.")
     target = REPOSITORY / "figures" / study.profile
     target.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "csv"):
-        for old in target.glob(f"*.{kind}"):  # what an earlier run drew
-            old.unlink()
+    for old in (*target.glob("*.png"), *target.glob("*.csv")):  # what an earlier run drew
+        old.unlink()
     # Sheets of images that are not ours to republish stay in runs/.
-    chosen = [path for path in sorted(source.iterdir())
-              if not path.stem.endswith("_local")]
-    return [Path(shutil.copy2(path, target / path.name)) for path in chosen]
+    return [Path(shutil.copy2(path, target)) for path in sorted(source.iterdir())
+            if not path.stem.endswith("_local")]

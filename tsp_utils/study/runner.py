@@ -1,5 +1,4 @@
-"""The notebooks of a profile: side by side, resumed, skipped where nothing has changed.
-"""
+"""The notebooks of a profile: side by side, resumed, skipped where nothing has changed."""
 
 import contextlib
 import json
@@ -11,26 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import joblib
 from filelock import FileLock, Timeout
 
+from tsp_utils.cache import hash_of
 from tsp_utils.devices import find_device
 from tsp_utils.paths import REPOSITORY, cache_dir, data_dir
+from tsp_utils.study import staleness
 from tsp_utils.study.profile import Study, load_study
-from tsp_utils.study.staleness import (
-    NOTEBOOKS,
-    about_of,
-    data_stamps,
-    hash_of,
-    is_done,
-    notebook_paths,
-    noted_by,
-    parts_of,
-    sha256_of,
-)
 
 # Papermill, which ends with its kernel when the runner is gone: even kill -9 closes the pipe.
 PAPERMILL = """
@@ -56,7 +47,7 @@ class Step(NamedTuple):
     ended: bool = True
 
 
-def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS,
+def reproduce(profile: str, force: bool = False, folder: Path = staleness.NOTEBOOKS,
               jobs: int | None = None):
     """Run every notebook of a profile into its run folder; yields `Step`s.
 
@@ -74,7 +65,7 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS,
     _prepare_kernels()
     n_cores = joblib.cpu_count()
     jobs = jobs or (1 if n_cores == 1 or find_device() != "cpu" else 2)
-    about = {path: about_of(path) for path in notebook_paths(folder)}
+    about = {path: staleness.about_of(path) for path in staleness.notebook_paths(folder)}
     waiting, running = list(about), {}
     if jobs > 1:  # so that no long one is left to the end, with nothing beside it
         waiting.sort(key=lambda path: _seconds_said(about[path], study), reverse=True)
@@ -88,8 +79,8 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS,
                     yield Step(ended.stem, "ran", running.pop(ended).finish())
                 elif path is not None and len(running) < jobs:
                     waiting.remove(path)
-                    parts = parts_of(path, study)
-                    if not force and is_done(path, study, hash_of(parts)):
+                    parts = staleness.parts_of(path, study)
+                    if not force and staleness.is_done(path, study, hash_of(parts)):
                         yield Step(path.stem, "unchanged, skipped")
                     else:
                         alone = not running and not waiting
@@ -108,24 +99,16 @@ def reproduce(profile: str, force: bool = False, folder: Path = NOTEBOOKS,
 
 @contextlib.contextmanager
 def _alone(study: Study):
-    """The run folder, to this process alone; raises RuntimeError where another one has it.
-
-    The system frees the lock of a process that is killed; what that one had under way is removed.
-    """
+    """The run folder, to this process alone; what a killed one had under way is removed."""
     study.run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(study.run_dir.with_name(f".{study.profile}.lock"))
     try:
-        lock.acquire(timeout=0)
+        with FileLock(study.run_dir.with_name(f".{study.profile}.lock"), timeout=0):
+            for left_over in study.run_dir.glob(".running-*"):
+                shutil.rmtree(left_over, ignore_errors=True)
+            yield
     except Timeout:
-        raise RuntimeError(f"Another run of {study.profile} is under way in "
-                           f"{_relative(study.run_dir)}; wait until it ends, or stop it, then give "
-                           f"the same command again.") from None
-    try:
-        for left_over in study.run_dir.glob(".running-*"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        yield
-    finally:
-        lock.release()
+        raise RuntimeError(f"Another run of {study.profile} is under way in {study.run_dir}; wait "
+                           f"until it ends, or stop it, then give the command again.") from None
 
 
 def _next_to_start(waiting: list[Path], running, about: dict[Path, dict]) -> Path | None:
@@ -146,26 +129,21 @@ class _Execution:
 
     def __init__(self, path: Path, study: Study, profile: str, parts: dict, n_threads: int):
         self.path, self.study, self.parts = path, study, parts
-        self.executed, self.noted = study.run_dir / path.name, noted_by(path, study)
+        self.executed, self.noted = study.run_dir / path.name, staleness.noted_by(path, study)
         self.n_noted = len(_lines(self.noted))  # by executions that did not end well
         self.folder = Path(tempfile.mkdtemp(prefix=".running-", dir=study.run_dir))
         self.partial, self.log = self.folder / path.name, self.folder / "log.txt"
         self.code_cells = _numbered_code_cells(path)
-        self.read, self.cell, self.said = 0, 0, 0.0
+        self.cell, self.said = 0, 0.0
         self.start = time.perf_counter()
         with self.log.open("wb") as log:
             self.process = _papermill(path, self.partial, profile, n_threads, log, self.noted)
 
     def news(self) -> Step | None:
         """Which code cell runs, when it is another one or a second later; None between."""
-        with self.log.open("rb") as log:
-            log.seek(self.read)
-            lines = log.read().rpartition(b"\n")[0]
-        self.read += len(lines)
-        cell = self.cell
-        for number in re.findall(rb"Executing Cell (\d+)-", lines):
-            cell = self.code_cells[int(number) - 1] if int(number) <= len(self.code_cells) else cell
+        numbers = re.findall(rb"Executing Cell (\d+)-", self.log.read_bytes())
         seconds = time.perf_counter() - self.start
+        cell = self.code_cells[min(int(numbers[-1]), len(self.code_cells)) - 1] if numbers else 0
         if cell == 0 or (cell == self.cell and seconds < self.said + 1):
             return None
         self.cell, self.said = cell, seconds
@@ -187,28 +165,28 @@ class _Execution:
             if (cell := _failed_cell(self.partial)) is None:
                 raise RuntimeError(f"{name} could not be run: {last}")
             self.partial.replace(failed)
-            raise RuntimeError(f"{name} failed in code cell {cell} (all of it: "
-                               f"{_relative(failed)}); finished notebooks were kept, the same "
-                               f"command resumes here.")
+            raise RuntimeError(f"{name} failed in code cell {cell} (all of it: {failed}); finished "
+                               f"notebooks were kept, the same command resumes here.")
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _keep(self) -> None:
         """The executed copy with its hash and what it left; what earlier ones left goes."""
-        about = about_of(self.partial)
-        now = data_stamps(about, self.study)  # with what was downloaded meanwhile
+        about = staleness.about_of(self.partial)
+        now = staleness.data_stamps(about, self.study)  # with what was downloaded meanwhile
         data = {name: now[name] if stamp[0] == 0 else stamp
                 for name, stamp in self.parts["data"].items()}
         noted = _lines(self.noted)
-        left = {name: sha256_of(self.study.run_dir / name)
+        left = {name: staleness.sha256_of(self.study.run_dir / name)
                 for name in dict.fromkeys(noted[self.n_noted:])}
         notebook = json.loads(self.partial.read_text(encoding="utf-8"))
         notebook["metadata"]["tsp"] = about | {"left": left,
                                                "hash": hash_of(self.parts | {"data": data})}
         self.partial.write_text(json.dumps(notebook, indent=1), encoding="utf-8")
         others = {name for path in self.study.run_dir.glob("*.ipynb") if path != self.executed
-                  for name in about_of(path).get("left", ())}
-        for old in {*noted, *about_of(self.executed).get("left", ())} - left.keys() - others:
+                  for name in staleness.about_of(path).get("left", ())}
+        before = staleness.about_of(self.executed).get("left", ())
+        for old in {*noted, *before} - left.keys() - others:
             (self.study.run_dir / old).unlink(missing_ok=True)
         self.partial.replace(self.executed)
         self.noted.unlink(missing_ok=True)
@@ -227,10 +205,7 @@ class _Execution:
 
 def _papermill(path: Path, out: Path, profile: str, n_threads: int, log,
                noted: Path) -> subprocess.Popen:
-    """Start papermill on a notebook, with so many threads; it says in `log` which cell runs.
-
-    The files that the notebook leaves are noted in `noted`, by `Study.leave`.
-    """
+    """Start papermill; `log` says which cell runs, `noted` what `Study.leave` wrote."""
     # Threads beyond the cores wait for each other by spinning: ten times slower, measured.
     names = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "LOKY_MAX_CPU_COUNT"
     wanted = {name: os.environ.get(name, "") for name in names}  # fewer, where the user says so
@@ -247,13 +222,9 @@ def _papermill(path: Path, out: Path, profile: str, n_threads: int, log,
 def _numbered_code_cells(path: Path) -> list[int]:
     """Code cells of the source up to each cell of papermill's copy, which has one cell more."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    numbers, n = [], 0
-    for cell in cells:
-        n += cell["cell_type"] == "code"
-        numbers.append(n)
-        if "parameters" in cell["metadata"].get("tags", []):
-            numbers.append(n)
-    return numbers
+    counts = accumulate(cell["cell_type"] == "code" for cell in cells)
+    return [n for cell, n in zip(cells, counts, strict=True)
+            for _ in range(1 + ("parameters" in cell["metadata"].get("tags", [])))]
 
 
 def stop_when_terminated() -> None:
@@ -279,22 +250,11 @@ def _failed_cell(executed: Path) -> str | None:
         cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError):
         return None
-    number = 0
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            number += "injected-parameters" not in cell["metadata"].get("tags", [])
-            for output in cell["outputs"]:
-                if output["output_type"] == "error":
-                    return f"{number}: {_first_line(output['ename'], output['evalue'])}"
-    return None
-
-
-def _first_line(name: str, message: str) -> str:
-    return f"{name}: {message}".strip().split("\n")[0]
-
-
-def _relative(path: Path) -> str:
-    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else str(path)
+    own = (cell for cell in cells if cell["cell_type"] == "code"
+           and "injected-parameters" not in cell["metadata"].get("tags", []))
+    return next((f"{number}: {output['ename']}: {output['evalue']}".strip().split("\n")[0]
+                 for number, cell in enumerate(own, 1) for output in cell["outputs"]
+                 if output["output_type"] == "error"), None)
 
 
 def _lines(path: Path) -> list[str]:

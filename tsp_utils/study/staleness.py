@@ -13,7 +13,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from tsp_utils.cache import code_called_by
+from tsp_utils.cache import code_called_by, hash_of
 from tsp_utils.datasets import dataset_files
 from tsp_utils.paths import REPOSITORY, bundled_dir
 from tsp_utils.study.profile import Study
@@ -23,36 +23,27 @@ NOTEBOOKS = REPOSITORY / "notebooks"
 
 def notebook_paths(folder: Path = NOTEBOOKS) -> list[Path]:
     """The study's notebooks in their order."""
-    return sorted(path for path in folder.glob("[0-9][0-9]_*.ipynb"))
+    return sorted(folder.glob("[0-9][0-9]_*.ipynb"))
 
 
 def notebook_hash(path: Path, study: Study) -> str:
-    """Hash of all that an executed notebook depends on.
-
-    Its text and code, the study's settings, the code of the package that it calls, what ships, the
-    images that it loads, and what the notebooks that it reads have left.
-    """
+    """Hash of all that an executed notebook depends on: of its `parts_of`."""
     return hash_of(parts_of(path, study))
 
 
-def hash_of(parts: dict) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 def parts_of(path: Path, study: Study) -> dict:
-    """What `notebook_hash` is made of, by name."""
+    """Text, settings, code called, what ships, images, what the notebooks that it reads left."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     about = notebook["metadata"].get("tsp", {})
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
-    reads = [other for other in notebook_paths(path.parent)
-             if other.name[:2] in about.get("reads", ())]
     return {"cells": cells, "study": repr(study),
             "code": _code_called("\n".join(text for kind, text in cells if kind == "code")),
             "bundled": sorted((file.relative_to(bundled_dir()).as_posix(), sha256_of(file))
                               for file in bundled_dir().rglob("*") if file.is_file()),
             "data": data_stamps(about, study),
             "reads": {other.stem: about_of(study.run_dir / other.name).get("left")
-                      for other in reads}}
+                      for other in notebook_paths(path.parent)
+                      if other.name[:2] in about.get("reads", ())}}
 
 
 def _code_called(source: str) -> str:
@@ -65,21 +56,16 @@ def _code_called(source: str) -> str:
 
 
 def data_stamps(about: dict, study: Study) -> dict:
-    """Number of files, and a hash of their names and sizes, of each split that a notebook loads.
-
-    Blind to times, in which clones differ.
-    """
+    """Number of files, and a hash of names and sizes (not times), of each split that is loaded."""
     splits = {"all": ("test",), "split": ("test", "train")}[study.protocol]
-    wanted = {}
-    for name in about.get("data", ["study"]):
-        wanted |= {(name, "test"): None} if name != "study" else {
-            (target, split): None for target in study.datasets if not study.uses_vectors(target)
-            for split in splits}
+    of_study = [(target, split) for target in study.datasets if not study.uses_vectors(target)
+                for split in splits]
     stamps = {}
-    for name, split in wanted:
-        files = dataset_files(name, split)
-        sizes = sorted([file.parent.name, file.name, file.stat().st_size] for file in files)
-        stamps[f"{name}/{split}"] = [len(files), hash_of(sizes)]
+    for name in about.get("data", ["study"]):
+        for target, split in of_study if name == "study" else [(name, "test")]:
+            files = dataset_files(target, split)
+            stamps[f"{target}/{split}"] = [len(files), hash_of(sorted(
+                [file.parent.name, file.name, file.stat().st_size] for file in files))]
     return stamps
 
 

@@ -176,10 +176,7 @@ def score_clusters(study, fit: FeatureSet, score: FeatureSet, methods: dict,
 
 
 def _leave_record(study, run: HeadRuns, table: pd.DataFrame, made_with: list[str]) -> None:
-    """The JSON of one setting; versions, machine and device are those of the training.
-
-    Usually one entry of made_with; more where seeds were added later, with other versions.
-    """
+    """The JSON of one setting; made_with has an entry more where seeds were added later."""
     settings, code = run.settings, code_of_heads(study)
     record = {
         "settings": settings, "code": code, "seconds": round(run.seconds, 2),
@@ -197,6 +194,6 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation (n - 1) over the seeds, percent; one row a setting."""
     keys = ["dataset", "backbone", "protocol", "scored", "method"]
     grouped = table.groupby(keys, sort=False)[["acc", "nmi", "ari"]]
-    return (grouped.agg(["mean", "std"]).set_axis(
-        [f"{m}_{s}" for m in ("acc", "nmi", "ari") for s in ("mean", "std")], axis=1)
-        .assign(n=grouped.size()).reset_index())
+    found = grouped.agg(["mean", "std"])
+    found.columns = found.columns.map("_".join)
+    return found.assign(n=grouped.size()).reset_index()

@@ -1,6 +1,4 @@
-"""SCAN, NNM, TEMI, IIC and others: their clustering losses, with their constants.
-
-Each for one linear head over the same frozen features.
+"""SCAN, NNM, TEMI, IIC and others: their clustering losses and constants, for a linear head.
 
 A loss takes logits a and b [S, C, B] of S heads, classes before samples: of a batch and of one
 drawn neighbour of each sample. In the systems that train on pixels b is an augmented view; on
