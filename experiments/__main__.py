@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "finetune": ("finetuning", "run_finetuning", "the fine-tuning of claim C7 (an hour)"),
     "finetune-map": ("finetuning_map", "run_finetuning_map",
                      "the fine-tuning map of claim D1 (an hour)"),
+    "extract": ("extract", "extract", "features into the cache, by all processes of torchrun"),
     "parity": ("official_parity", "official_features",
                "features of the paper's networks by the official code, from seeded weights"),
     "heads": ("heads", "run_heads_compared", "every head, ten seeds (an hour)"),
@@ -34,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
     makers["learn-patches"].add_argument("--out", default=None,
                                          help="file to write; default: the bundled one")
     makers["learn-patches"].add_argument("--seed", type=int, default=0)
+    for name in ("dataset", "split", "backbone"):
+        makers["extract"].add_argument(name)
     makers["parity"].add_argument("dino", help="folder of a clone of facebookresearch/dino")
     return top
 

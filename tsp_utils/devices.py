@@ -33,6 +33,6 @@ def gains_from_bf16(device: torch.device) -> bool:
 
 def hardware(device: str) -> str:
     """The device in words, for records."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()})"

@@ -62,7 +62,7 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         device = self._checked_settings()
         scaler = Scaler().fit(X)
         features = scaler.transform(X)
-        neighbors = nearest_neighbors(features, self._usable_neighbors(len(X)), self.metric)
+        neighbors = nearest_neighbors(features, self._usable_neighbors(len(X)), self.metric, device)
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=self.n_init).tolist()
         heads = init_heads(features, self.n_clusters, seeds, self.init)
         with warnings.catch_warnings():  # of heads that are not kept nobody needs to hear

@@ -33,13 +33,15 @@ def extract_features(backbone, images, batch_size: int = 256, progress: bool = T
 
 
 def cached_features(backbone, dataset, folder: str | os.PathLike | None = None,
-                    batch_size: int = 256, progress: bool = True) -> np.ndarray:
+                    batch_size: int = 256, progress: bool = True, maker: str = "") -> np.ndarray:
     """Features of a data set: of images that were seen before, in whatever set, from the cache.
 
     folder: by default `features` in TSP_CACHE. Returns a read-only map float32 [N,D]. A vector
     depends on the image, on the backbone (its weights, its transform) and on the code of both. An
-    extraction that was killed goes on where it stopped. Raises what `extract_features` raises,
-    TypeError for anything but a data set, and OSError for a folder that cannot be written.
+    extraction that was killed goes on where it stopped. Processes wait for each other, but for
+    those with different names as maker, which are given different images. Raises what
+    `extract_features` raises, TypeError for anything but a data set, and OSError for a folder that
+    cannot be written.
     """
     if not hasattr(dataset, "images"):
         raise TypeError(f"cached_features takes a data set, and this is of type "
@@ -55,7 +57,8 @@ def cached_features(backbone, dataset, folder: str | os.PathLike | None = None,
     return cache.rows(Path(folder) if folder is not None else cache_dir() / "features",
                       backbone.name, inputs, [_feature_batches, *code_that_sees(backbone, images)],
                       digests,
-                      lambda rows: _feature_batches(backbone, images, rows, batch_size, progress))
+                      lambda rows: _feature_batches(backbone, images, rows, batch_size, progress),
+                      maker)
 
 
 def code_that_sees(backbone, images) -> list:

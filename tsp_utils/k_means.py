@@ -66,20 +66,23 @@ def _kmeans_on(device: str, features, n_clusters: int, seeds, n_init: int) -> KM
 def _lloyd(x: torch.Tensor, centers: torch.Tensor, tolerance: float, max_iter: int = 300):
     """Lloyd's iterations from centers [C, D] -> centers, clusters [N], inertia, as numpy.
 
-    A cluster that is left without samples takes the sample farthest from its centre.
+    A cluster that is left without samples takes the sample farthest from its centre. Whether the
+    centres still move is read back at every tenth iteration: each time a GPU waits.
     """
-    squares = x.square().sum(1)
-    for _ in range(max_iter):
+    squares, stands = x.square().sum(1), torch.zeros((), dtype=torch.bool, device=x.device)
+    for step in range(1, max_iter + 1):
         distances = centers.square().sum(1) - 2 * x @ centers.T  # [N, C], less ||x||^2
         nearest, clusters = distances.min(1)
-        sizes = torch.bincount(clusters, minlength=len(centers))
+        sizes = x.new_zeros(len(centers)).index_add_(0, clusters, torch.ones_like(nearest))
         moved = torch.zeros_like(centers).index_add_(0, clusters, x)
         moved /= sizes.clamp_min(1)[:, None]
-        empty = (sizes == 0).nonzero()[:, 0]
-        moved[empty] = x[(nearest + squares).topk(len(empty)).indices]
-        shift = (moved - centers).square().sum()
+        empty = sizes == 0  # the first of them takes the farthest sample, the next the next
+        far = (nearest + squares).topk(len(centers)).indices[empty.cumsum(0).sub(1).clamp_min(0)]
+        moved = torch.where(empty[:, None], x[far], moved)
+        moved = torch.where(stands, centers, moved)
+        stands = (moved - centers).square().sum() <= tolerance
         centers = moved
-        if shift <= tolerance:
+        if step % 10 == 0 and stands:
             break
     nearest, clusters = (centers.square().sum(1) - 2 * x @ centers.T).min(1)
     return (centers.cpu().numpy(), clusters.cpu().numpy(),

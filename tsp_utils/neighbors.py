@@ -5,6 +5,7 @@ from numbers import Integral
 
 import faiss
 import numpy as np
+import torch
 from scipy.spatial.distance import cdist
 
 from tsp_utils.scaling import check_finite
@@ -42,18 +43,20 @@ class Neighbors:
         return Neighbors(self.indices[:, :k], self.distances[:, :k], self.metric)
 
 
-def nearest_neighbors(features: np.ndarray, k: int, metric: str = "cosine") -> Neighbors:
+def nearest_neighbors(features: np.ndarray, k: int, metric: str = "cosine",
+                      device: str = "cpu") -> Neighbors:
     """Exact search for the k nearest neighbours of every sample among the others.
 
     features [N, D] of any scale; metric cosine, euclidean or inner (the inner product of Figs 1 and
-    2). The sample itself is left out by its index, so duplicates stay. Raises ValueError for k < 3
-    (Eq. 4 needs the third neighbour), k >= N, an unknown metric, NaN or infinite features.
+    2). The sample itself is left out by its index, so duplicates stay. faiss searches on the CPU,
+    torch on another device. Raises ValueError for k < 3 (Eq. 4 needs the third neighbour), k >= N,
+    an unknown metric, NaN or infinite features.
     """
     features = _checked(features, metric)
     if not isinstance(k, Integral) or k < 3:
         raise ValueError(f"n_neighbors is {k}, and Eq. 4 takes its width from the third nearest "
                          f"neighbour; pass a whole number of at least 3.")
-    return Neighbors(*_nearest(features, features, k, metric, others=True), metric)
+    return Neighbors(*_nearest(features, features, k, metric, True, device), metric)
 
 
 def neighbor_weights(neighbors: Neighbors) -> np.ndarray:
@@ -152,10 +155,10 @@ def _checked_labels(labels, n: int) -> np.ndarray:
     return labels
 
 
-def _nearest(queries, database, k: int, metric: str, others: bool):
+def _nearest(queries, database, k: int, metric: str, others: bool, device: str = "cpu"):
     """The k nearest of the database, nearest first: indices int64 [Q, k], distances [Q, k].
 
-    `others`: queries and database are the same, and none is its own neighbour. faiss searches in
+    `others`: queries and database are the same, and none is its own neighbour. The search is in
     float32; the rows that it cannot tell apart are searched again in float64.
     """
     n, most = len(database), len(database) - others
@@ -169,7 +172,8 @@ def _nearest(queries, database, k: int, metric: str, others: bool):
                          f"others; pass at most {most}.")
     y, exponent = _searched(database, metric, np.float32)
     x = y if others else _searched(queries, metric, np.float32)[0]
-    scores, found = _search(y, x, k + others, metric)
+    scores, found = (_search(y, x, k + others, metric) if device == "cpu" else
+                     _search_on(device, y, x, k + others, metric))
     if others:
         is_self = found == np.arange(n)[:, None]
         # A stable sort by "is itself" moves the sample to the end, where it is cut off; where more
@@ -210,6 +214,16 @@ def _search(database, queries, k: int, metric: str) -> tuple[np.ndarray, np.ndar
     index = faiss.IndexFlatL2(dim) if metric == "euclidean" else faiss.IndexFlatIP(dim)
     index.add(database)
     return index.search(queries, k)
+
+
+def _search_on(device: str, database, queries, k: int, metric: str):
+    """`_search` by matrix products in blocks of 256 MB; similarities are x.y, less ||y||^2 / 2."""
+    y = torch.as_tensor(database, device=device)
+    offset = -y.square().sum(1) / 2 if metric == "euclidean" else y.new_zeros(1)
+    x = y if queries is database else torch.as_tensor(queries, device=device)
+    parts = [torch.addmm(offset, rows, y.T).topk(k)  # nearest first
+             for rows in x.split(max(1, 2**26 // len(y)))]
+    return tuple(torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
 
 
 def _distances(queries, database, indices: np.ndarray, rows: int = 16) -> np.ndarray:

@@ -16,22 +16,24 @@ from tsp_utils.paths import write_json
 logger = logging.getLogger(__name__)
 
 
-def rows(folder: Path, label: str, inputs, functions, digests: list[bytes], make) -> np.ndarray:
+def rows(folder: Path, label: str, inputs, functions, digests: list[bytes], make,
+         maker: str = "") -> np.ndarray:
     """A vector for each 16-byte digest of what it was made from: a read-only map float32 [N, D].
 
     `make(positions)` yields blocks (positions, float32 [B, D]) for what is not kept yet, in that
     order; each block is kept at once, so that what was made is not made again after a kill or an
-    error. Raises OSError for a folder that cannot be written, ValueError for vectors of another
-    width.
+    error. One process at a time makes vectors, or one of each `maker`. Raises OSError for a folder
+    that cannot be written, ValueError for vectors of another width.
     """
     store = _Rows(folder, label, inputs, functions)
     for _ in range(2):
         lacking = _first_positions(digests, store.index())
         if lacking:
-            with locked(store.data):
+            with locked(store.data.with_suffix(f".{maker}") if maker else store.data):
                 lacking = _first_positions(digests, store.index())  # another process may have come
                 for positions, block in make(lacking) if lacking else ():
-                    store.append([digests[i] for i in positions], block)
+                    with locked(store.data) if maker else contextlib.nullcontext():
+                        store.append([digests[i] for i in positions], block)
         index = store.index()
         found, damaged = store.take([index[digest] for digest in digests])
         if not damaged:

@@ -1,16 +1,22 @@
 """DINO's multi-crop, made in batches on the device with parameters drawn per sample (Sec. 3.1)."""
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
 
+@functools.lru_cache
+def constant(values: tuple, device: torch.device, dtype=torch.float32) -> torch.Tensor:
+    """Numbers on a device, copied there once: the host waits at each copy."""
+    return torch.tensor(values, device=device, dtype=dtype)
+
+
 def multi_crop(images: torch.Tensor, recipe, generator) -> list[torch.Tensor]:
     """Two global and n_local local views of uint8 [B, 3, H, W]: [2B, 3, S, S], [nB, 3, s, s]."""
     x = images.float() / 255
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1)
-                 for v in (recipe.mean, recipe.std))
+    mean, std = (constant(tuple(v), x.device).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
     views = [random_colors(random_crops(x, recipe.global_size, recipe.global_scale, generator),
                            generator, blur, solarize)
              for blur, solarize in ((0.5, 0.0), (0.1, 0.2))]
@@ -59,7 +65,7 @@ def random_colors(x: torch.Tensor, generator, blur: float, solarize: float) -> t
     def sometimes(p, changed, otherwise):
         return torch.where(uniform() < p, changed, otherwise)
 
-    weights = torch.tensor([0.299, 0.587, 0.114], device=x.device, dtype=x.dtype).view(1, 3, 1, 1)
+    weights = constant((0.299, 0.587, 0.114), x.device, x.dtype).view(1, 3, 1, 1)
     y = x * uniform(0.6, 1.4)
     mean = (y * weights).sum((1, 2, 3), keepdim=True) / (y.shape[2] * y.shape[3])
     y = mean + (y - mean) * uniform(0.6, 1.4)
@@ -68,7 +74,7 @@ def random_colors(x: torch.Tensor, generator, blur: float, solarize: float) -> t
     x = sometimes(0.8, y, x).clamp(0, 1)
     x = sometimes(0.2, (x * weights).sum(1, keepdim=True).expand_as(x), x)
     if blur:
-        kernel = torch.tensor([1.0, 2.0, 1.0], device=x.device, dtype=x.dtype)
+        kernel = constant((1.0, 2.0, 1.0), x.device, x.dtype)
         kernel = (kernel[:, None] * kernel / 16).expand(3, 1, 3, 3)
         soft = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, groups=3)
         x = sometimes(blur, torch.lerp(x, soft, uniform()), x)
@@ -79,8 +85,9 @@ def random_colors(x: torch.Tensor, generator, blur: float, solarize: float) -> t
 
 def _turn_hue(chroma: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Turn the chroma [B, 3, S, S] (RGB less luma) by angle [B, 1, 1, 1] in the plane of YIQ."""
-    to_iq = chroma.new_tensor([[0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    to_iq = constant(((0.596, -0.274, -0.322), (0.211, -0.523, 0.312)), chroma.device, chroma.dtype)
     i, q = torch.einsum("kc,bchw->kbhw", to_iq, chroma).unsqueeze(2)  # [B, 1, S, S] each
     i, q = i * angle.cos() - q * angle.sin(), i * angle.sin() + q * angle.cos()
-    to_rgb = chroma.new_tensor([[0.956, 0.621], [-0.272, -0.647], [-1.106, 1.703]])
+    to_rgb = constant(((0.956, 0.621), (-0.272, -0.647), (-1.106, 1.703)), chroma.device,
+                      chroma.dtype)
     return torch.einsum("ck,kbhw->bchw", to_rgb, torch.cat([i, q], 1).transpose(0, 1))

@@ -57,7 +57,8 @@ class FeaturesToCluster:
 
     @cached_property
     def neighbors(self):
-        return nearest_neighbors(self.fitted, self.study.n_neighbors, self.study.metric)
+        return nearest_neighbors(self.fitted, self.study.n_neighbors, self.study.metric,
+                                 find_device())
 
     def train(self, method: str, seeds, **settings):
         """Heads and losses of these seeds, a budget of the study's min_steps."""

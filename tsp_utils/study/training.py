@@ -101,7 +101,7 @@ def fit_heads(study, fit: FeatureSet, scaler: Scaler, centers: np.ndarray, seeds
     """Heads of some seeds, trained: their curves [S, E], weights and seconds as arrays by name."""
     start, scaled = time.perf_counter(), scaler.transform(fit.features)
     heads = new_heads(study, fit, scaler, centers, seeds)
-    neighbors = nearest_neighbors(scaled, study.n_neighbors, study.metric)
+    neighbors = nearest_neighbors(scaled, study.n_neighbors, study.metric, find_device())
     history = train_heads(
         heads, scaled, neighbors, weights=WEIGHTINGS[study.weighting](neighbors),
         entropy_weight=study.entropy_weight, max_epochs=study.max_epochs,

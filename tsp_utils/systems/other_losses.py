@@ -162,8 +162,8 @@ def cc(a, b, step):
     cosines = columns @ columns.mT
     c = p.shape[1]
     cosines = cosines - torch.diag_embed(torch.full_like(cosines[:, 0], torch.inf))
-    partner = torch.cat([torch.arange(c, 2 * c), torch.arange(c)]).to(a.device)
-    matched = cosines.log_softmax(2)[:, torch.arange(2 * c, device=a.device), partner]
+    own = torch.arange(2 * c, device=a.device)
+    matched = cosines.log_softmax(2)[:, own, own.roll(c)]
     return -matched.mean(1) - _entropy(p.mean(-1)) - _entropy(q.mean(-1))
 
 

@@ -137,5 +137,5 @@ def train_rival(method: str, features: np.ndarray, neighbors: Neighbors, centers
         loss.sum().backward()  # heads do not mix
         adam.step()
         if at >= n_steps - max(n_steps // 10, 1):
-            values.append(loss.detach().cpu())
-    return heads.cpu(), torch.stack(values).mean(0).numpy()
+            values.append(loss.detach())
+    return heads.cpu(), torch.stack(values).cpu().mean(0).numpy()
