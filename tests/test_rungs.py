@@ -1,4 +1,4 @@
-"""Rungs of feature quality: the laws by hand, what is read out, and that simulated ones stay out."""
+"""Rungs of feature quality: the laws by hand, the read-out, and that simulated ones stay out."""
 
 from dataclasses import replace
 
@@ -53,7 +53,7 @@ def test_a_move_goes_to_the_mean_of_the_nearest_images_of_one_class():
 def test_each_law_climbs_to_neighbours_that_agree(climb):
     found = blobs(noise=6.0)
     ladder = [rungs.consistency(rung) for rung in climb(found)]
-    assert ladder == sorted(ladder) and ladder[-1] > 80 > rungs.consistency(found)
+    assert ladder == sorted(ladder) and ladder[-1] > 70 > rungs.consistency(found)
 
 
 def test_a_class_with_too_few_images_is_refused_by_name():

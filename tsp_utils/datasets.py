@@ -43,7 +43,7 @@ DATASETS = {
         "FashionMNIST",
     ),
     "digits": DatasetInfo(
-        {"test": 1_797}, 10,
+        {"test": 1_797},
         "Alpaydin and Kaynak (1998), the test part, 8 px, as it comes with scikit-learn; CC BY 4.0",
         tuple("0123456789"),
     ),
