@@ -4,7 +4,7 @@ PYTHON3 ?= python3
 PROFILE ?= offline
 PRETRAIN_ARMS ?= vits16_cifar10
 # What test-quick tests: the method, as data flows, and how its results are kept and decided.
-METHOD = losses heads neighbors metrics features cache baselines rivals icbpl maps claims ledger published
+METHOD = heads neighbors metrics features cache baselines rivals icbpl maps claims ledger against_paper
 VENV := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)/python
 VENV_STAMP :=
 ifndef PYTHON

@@ -28,12 +28,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "test_paper_rehearsal" not in item.nodeid)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Small networks on a busy machine wait for their threads more than they compute."""
     import torch
 
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def own_folders(tmp_path, monkeypatch):
+    """A cache and a run folder of the test's own: tmp_path's cache/ and runs/."""
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")

@@ -1,6 +1,7 @@
-"""Ours against the paper's: Welch as scipy has it, records chosen and refused, exit status 3."""
+"""The paper's rows; ours against them: Welch as scipy has it, records chosen, exit status 3."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import tsp_utils.__main__ as command
 from tsp_utils.paths import write_json
 from tsp_utils.study.against_paper import compare, table_1, welch_interval
 from tsp_utils.study.profile import load_study
-from tsp_utils.study.published import TABLE_1
+from tsp_utils.study.published import DATASETS, EXTERNAL, TABLE_1, TABLE_2
 from tsp_utils.study.training import code_of_heads
 
+EARLIER = ("K-means", "DEC", "DAC", "DCCM", "IIC", "PICA", "SCAN", "NNM")
+TSP = ("TSP-ResNet", "TSP-ViT1", "TSP-ViT2", "TSP K-means")
 PAPER = {(row.method, row.dataset): row for row in TABLE_1}
 
 
@@ -26,8 +29,7 @@ def test_welch_is_scipys(level):
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
-    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path)
+def study(own_folders):
     return replace(load_study("paper"), datasets=("cifar10",), backbones=("dino_vits16",))
 
 
@@ -47,8 +49,17 @@ def leave_record(study, shift=0.0, n=50_000, name="a", code=None, **changes):
         "settings": settings, "code": code or code_of_heads(study), "metrics": rows})
 
 
-def test_equal_to_the_paper_is_inside_and_five_points_are_not(study, monkeypatch, capsys):
+def test_of_the_right_record_what_equals_the_paper_is_inside_and_five_points_off_is_not(
+        study, monkeypatch, capsys):
+    with pytest.raises(FileNotFoundError, match="no record of dino_vits16 on cifar10"):
+        table_1(study)
+    leave_record(study, code="older")
+    with pytest.raises(ValueError, match="dino_vits16 on cifar10 are of other library sources"):
+        table_1(study)
+    leave_record(study, shift=-9, n=10_000, name="drawn")  # not of all images
+    leave_record(study, shift=-9, name="other", n_neighbors=5)  # not of this study's settings
     leave_record(study)
+    assert len(table_1(study)) == 4
     table = compare(study).set_index("stage")
     np.testing.assert_allclose(table["difference"], 0, atol=1e-9)
     assert not table["outside"].any() and list(table.index) == ["K-means", "head"]
@@ -63,17 +74,61 @@ def test_equal_to_the_paper_is_inside_and_five_points_are_not(study, monkeypatch
     assert "1 of 1 heads lie beyond one point" in capsys.readouterr().out
 
 
-def test_the_record_of_all_images_and_of_this_studys_settings_is_taken(study):
-    leave_record(study, shift=-9, n=10_000, name="drawn")
-    leave_record(study, shift=-9, name="other", n_neighbors=5)
-    leave_record(study)
-    assert len(table_1(study)) == 4
-    assert compare(study)["difference"].abs().max() < 1e-9
+def row(method, dataset, table=TABLE_1):
+    (found,) = [r for r in table if (r.method, r.dataset) == (method, dataset)]
+    return found
 
 
-def test_missing_and_stale_records_are_named(study):
-    with pytest.raises(FileNotFoundError, match="no record of dino_vits16 on cifar10"):
-        table_1(study)
-    leave_record(study, code="older")
-    with pytest.raises(ValueError, match="dino_vits16 on cifar10 are of other library sources"):
-        table_1(study)
+def accs(methods, table=TABLE_1):
+    """The best ACC of these methods on each set."""
+    return [max(row(method, dataset, table).acc for method in methods) for dataset in DATASETS]
+
+
+def test_table_1_is_complete_and_every_cell_is_a_percentage():
+    assert {(r.method, r.dataset) for r in TABLE_1} == {
+        (m, d) for m in (*EARLIER, *TSP, "supervised") for d in DATASETS}
+    assert len(TABLE_1) == 13 * 3
+    for r in (*TABLE_1, *TABLE_2, *EXTERNAL):
+        assert all(v is None or 0 < v < 100 for v in (r.nmi, r.acc, r.ari))
+
+
+@pytest.mark.parametrize(("method", "dataset", "values"), [
+    ("TSP-ViT1", "cifar100-20", (58.2, 54.9, 40.8, 1.4, 2.5, 2.1)),
+    ("TSP K-means", "stl10", (89.2, 81.7, 80.2, 3.0, 9.2, 8.1)),
+    ("K-means", "cifar10", (8.7, 22.9, 4.9, None, None, None)),
+    ("supervised", "stl10", (97.0, 98.9, 97.6, None, None, None))])
+def test_spot_values_of_table_1(method, dataset, values):
+    r = row(method, dataset)
+    assert (r.nmi, r.acc, r.ari, r.nmi_std, r.acc_std, r.ari_std) == values
+
+
+def test_deviations_and_runs_belong_to_the_tsp_rows_alone_and_iic_has_accuracy_only():
+    for r in TABLE_1:
+        deviations = (r.nmi_std, r.acc_std, r.ari_std, r.n)
+        assert (None in deviations) is (r.method not in TSP)
+        assert deviations == (None,) * 4 or r.n == 10
+        if r.method == "IIC":
+            assert r.nmi is None and r.ari is None and r.acc is not None
+
+
+def test_the_best_of_the_abstract_of_sec_4_2_and_of_others_later():
+    assert accs(["TSP-ViT1", "TSP-ViT2"]) == [94.0, 55.6, 97.9]
+    assert accs(EARLIER) == [84.3, 47.7, 80.8]
+    for dataset, vit, earlier in product(DATASETS, ("TSP-ViT1", "TSP-ViT2"), ("SCAN", "NNM")):
+        ours, theirs = row(vit, dataset), row(earlier, dataset)
+        assert ours.acc > theirs.acc and ours.nmi > theirs.nmi and ours.ari > theirs.ari
+    # whatever the text says:
+    assert row("TSP-ResNet", "stl10").acc < row("SCAN", "stl10").acc < row("NNM", "stl10").acc
+    assert accs(["SCAN + self-labelling"], EXTERNAL) == [88.3, 50.7, 80.9]
+    assert accs(["SPICE"], EXTERNAL) == [91.7, 58.4, 92.9]
+
+
+def test_table_2_peaks_at_10_and_is_not_quite_table_1_at_20():
+    by_k = {r.n_neighbors: r for r in TABLE_2}
+    assert list(by_k) == [5, 10, 15, 20, 25, 30]
+    assert max(by_k, key=lambda k: by_k[k].acc) == 10
+    r = by_k[30]
+    assert (r.acc, r.acc_std, r.nmi, r.nmi_std) == (91.88, 0.90, 84.23, 1.12)
+    assert (r.ari, r.ari_std, r.n) == (83.27, 1.59, 10)
+    in_table_1 = row("TSP-ViT1", "cifar10")
+    assert abs(by_k[20].acc - in_table_1.acc) < 0.05 < abs(by_k[20].nmi - in_table_1.nmi)

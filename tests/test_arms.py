@@ -25,8 +25,6 @@ from tsp_utils.study.feature_sets import FeatureSet
 from tsp_utils.study.frozen_evaluation import balanced_rows, read_out, small_pool_consistency
 from tsp_utils.weights import load_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = DinoRecipe(options=(("patch_size", 8), ("img_size", 32), ("dynamic_img_size", True),
                            ("embed_dim", 32), ("depth", 1), ("num_heads", 2)),
                   n_local=2, batch_size=16, n_outputs=64, hidden=32, bottleneck=16, head_norm=True)
@@ -40,11 +38,9 @@ def images_of(name, split, *_, **__) -> ImageDataset:
 
 
 @pytest.fixture
-def small_world(monkeypatch, tmp_path):
+def small_world(monkeypatch, own_folders):
     monkeypatch.setattr(arms, "load_dataset", images_of)
     monkeypatch.setitem(ARMS, "tiny", Arm(TINY, ("cifar10",), 320))
-    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")
 
 
 def cost(recipe: DinoRecipe) -> tuple[int, int]:
@@ -104,6 +100,15 @@ def test_arms_of_a_size_see_the_same_number_of_images():
         arm = ARMS[f"vit_nano_{name}_epochs"]
         assert arm.budget_images / n_images == pytest.approx(512_000 / 100_000, rel=0.01)
     assert {ARMS[f"resnet_nano{s}"].seed for s in ("", "_s1", "_s2")} == {0, 1, 2}
+    # and the dictionaries' have the ratios of the rules
+    for name, data, n_images in (
+            ("source", "tinyimagenet32", None), ("target 4,000", "cifar10", 4_000),
+            ("target 12,500", "cifar10", 12_500), ("target 50,000", "cifar10", None)):
+        arm, fewer = DICTIONARY_ARMS[name]
+        assert (ARMS[arm].data[0], ARMS[arm].n_images, fewer) == (data, n_images, 1)
+    assert DICTIONARY_ARMS["target 4,000, equal epochs"] == (DICTIONARY_ARMS["target 4,000"][0], 25)
+    with pytest.raises(ValueError, match="'vit_nan' is not known; the nearest one is 'vit_nano'"):
+        find_arm("vit_nan")
 
 
 @pytest.mark.parametrize("name", ARMS)
@@ -206,27 +211,18 @@ def test_networks_of_a_size_of_their_own_see_images_at_that_size():
 
 
 @pytest.mark.parametrize("name, expected", [("vit_mini", 4.63), ("vits16_cifar10", 115)])
-def test_the_operations_of_an_image_are_about_those_of_the_arithmetic(name, expected):
+def test_the_operations_of_an_image_are_about_the_arithmetics_and_a_real_steps(name, expected):
     """Estimates made without a counter: docs' for ViT-S; ViT-Ti's by hand, two a product.
 
     416 tokens count (teacher 2 x 37 once, student 2 x 37 and 4 x 10 three times), each 12 blocks
     of 12 x 192^2 products (4.42 GFLOP) and attention (0.11); 20 views pass a head of 2.56 M (0.10).
     """
     assert gflop_per_image(ARMS[name]) == pytest.approx(expected, rel=0.05)
-
-
-def test_the_operations_are_those_of_a_real_step():
     run = Dino(images_of("cifar10", "train").images, TINY)
     with FlopCounterMode(display=False) as counted:
-        run.step(0.5)
+        run.step(0.5)  # which has crops and the loss, too
     a_step = counted.get_total_flops() / TINY.batch_size / 1e9
-    found = gflop_per_image(Arm(TINY, ("cifar10",), 320))
-    assert found == pytest.approx(a_step, rel=0.1)  # the step has crops and loss
-
-
-def test_an_unknown_arm_names_the_nearest():
-    with pytest.raises(ValueError, match="'vit_nan' is not known; the nearest one is 'vit_nano'"):
-        find_arm("vit_nan")
+    assert gflop_per_image(Arm(TINY, ("cifar10",), 320)) == pytest.approx(a_step, rel=0.1)
 
 
 def made_of(features, labels) -> FeatureSet:
@@ -274,16 +270,6 @@ def test_dictionaries_are_learned_once_and_written_whole(
     assert one != other  # seeds are runs of their own
     monkeypatch.setattr(dictionary_arms, "arm_images", None)  # any learning would fail
     assert learn_dictionary_arms(n_seeds=2, n_heads=2).read_bytes() == before
-
-
-@pytest.mark.parametrize("name, n_images", [
-    ("source", 100_000), ("target 4,000", 4_000), ("target 12,500", 12_500),
-    ("target 50,000", 50_000)])
-def test_the_arms_have_the_ratios_of_the_rules(name, n_images):
-    arm, fewer = DICTIONARY_ARMS[name]
-    whole = {"tinyimagenet32": 100_000, "cifar10": 50_000}[ARMS[arm].data[0]]
-    assert fewer == 1 and (ARMS[arm].n_images or whole) == n_images
-    assert DICTIONARY_ARMS["target 4,000, equal epochs"] == (DICTIONARY_ARMS["target 4,000"][0], 25)
 
 
 def test_small_pools_are_balanced_and_their_consistency_is_scikit_learns():

@@ -22,7 +22,6 @@ from tsp_utils.backbones import BACKBONES, Backbone, BackboneSpec, load_backbone
 MINI = dict(img_size=32, patch_size=4, num_classes=0)  # vit_mini_random's options, written again
 IMAGENET = (torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
             torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +94,9 @@ def test_the_feature_of_a_vit_is_its_class_token_after_the_last_norm():
     assert (len(blocks), blocks[0].attn.num_heads, tokens.shape[1:]) == (12, 3, (65, 192))
 
 
-def refused(kind, said, path, name="vit_mini_random"):
+def refused(kind, said, path, name="vit_mini_random", device="cpu", dtype="auto"):
     with pytest.raises(kind, match=said) as caught:
-        load_backbone(name, "cpu", path)
+        load_backbone(name, device, path, dtype)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -125,16 +124,11 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path, trained, cont
 @pytest.mark.parametrize("save", [
     torch.save, partial(torch.save, _use_new_zipfile_serialization=False), save_file,
     lambda _, path: path.write_text("<html>404</html>" * 400), lambda _, path: path.touch()])
-def test_what_is_cut_off_or_no_weights_file_is_refused_by_name(tmp_path, trained, save):
+def test_what_is_not_there_cut_off_or_no_weights_file_is_refused_by_name(tmp_path, trained, save):
     path = tmp_path / ("damaged.safetensors" if save is save_file else "damaged.pth")
     save(trained.state_dict(), path)
     path.write_bytes(path.read_bytes()[:-5000])
     assert str(path) in refused(ValueError, "truncated or not a weights file", path)
-
-
-def test_files_that_are_not_there_or_of_another_kind_are_refused(tmp_path):
-    path = tmp_path / "text.pth"
-    path.write_text("<html>404</html>")
     refused(FileNotFoundError, r"nowhere\.pth", tmp_path / "nowhere.pth")
     refused(FileNotFoundError, "are not there", tmp_path)
     refused(ValueError, "pixels has no weights", path, "pixels")
@@ -271,7 +265,7 @@ def test_images_of_varying_sizes_are_prepared_one_by_one():
     torch.testing.assert_close(backbone.prepare(same), backbone.prepare(iter(same)))
 
 
-def test_grey_images_become_rgb_and_28_pixels_are_padded_with_black():
+def test_grey_images_become_rgb_28_pixels_are_padded_and_other_arrays_refused():
     grey = images_of(4, 28, 28, 1)
     got = bare(32).prepare(grey)
     due = np.pad(grey[..., 0] / 255, ((0, 0), (2, 2), (2, 2)))
@@ -280,27 +274,19 @@ def test_grey_images_become_rgb_and_28_pixels_are_padded_with_black():
     assert bare(224).prepare(grey).shape == (4, 3, 224, 224)
     black = load_backbone("vit_mini_random").prepare(np.zeros((1, 28, 28, 1), np.uint8))
     torch.testing.assert_close(black, (-IMAGENET[0] / IMAGENET[1]).expand(1, 3, 32, 32))
+    for other in (grey / 1.0, grey[..., 0], np.zeros((2, 32, 32, 4), np.uint8)):
+        with pytest.raises(ValueError, match=r"pass uint8 \[B,H,W,C\]"):
+            bare(32).prepare(other)
 
 
-@pytest.mark.parametrize("images", [np.zeros((2, 32, 32, 3)), np.zeros((2, 32, 32), np.uint8),
-                                    np.zeros((2, 32, 32, 4), np.uint8)])
-def test_other_arrays_are_refused(images):
-    with pytest.raises(ValueError, match=r"pass uint8 \[B,H,W,C\]"):
-        bare(32).prepare(images)
-
-
-def test_the_untrained_vit_is_always_the_same_and_leaves_the_random_state_alone():
+def test_the_description_follows_the_weights_as_they_are_and_the_untrained_are_always_the_same():
     torch.manual_seed(11)
     state = torch.get_rng_state()
-    first = load_backbone("vit_mini_random", "cpu").describe()
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(12)
-    assert load_backbone("vit_mini_random", "cpu").describe() == first
-
-
-def test_the_description_follows_the_weights_as_they_are():
     backbone = load_backbone("vit_mini_random", "cpu")
+    assert torch.equal(torch.get_rng_state(), state)
     before = backbone.describe()
+    torch.manual_seed(12)
+    assert load_backbone("vit_mini_random", "cpu").describe() == before
     with torch.no_grad():
         backbone.model.blocks[5].mlp.fc1.bias[3] += 1e-3
     after = backbone.describe()
@@ -323,18 +309,14 @@ def test_bfloat16_agrees_with_float32_where_the_cpu_gains_from_it():
     assert torch.cosine_similarity(got - centre, due - centre).mean() > 0.99
 
 
-@pytest.mark.parametrize("name, near", [
-    ("dino_vits", "dino_vits16'"), ("pixel", "pixels'"), ("vit_small", "timm:"),
-    ("timm:resnet50.nope", "timm:resnet50"), ("timm:vit_tiny_patch16", "timm:vit_tiny_patch16")])
-def test_unknown_names_list_the_known_and_the_nearest(name, near):
-    refused(ValueError, f"nearest one is '{near}.*all are pixels, vit_mini_random", None, name)
-
-
-@pytest.mark.parametrize("options, said", [
-    ({"device": "gpu"}, "device 'gpu' is not there; pass auto"),
-    ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
-    ({"device": "meta"}, "device 'meta' is not there"),
-    ({"dtype": "half"}, "unknown dtype 'half'")])
-def test_unknown_and_absent_devices_and_unknown_dtypes_are_refused(options, said):
-    with pytest.raises(ValueError, match=said):
-        load_backbone("pixels", **options)
+@pytest.mark.parametrize("name, options, said", [
+    *((name, {}, f"nearest one is '{near}.*all are pixels, vit_mini_random") for name, near in (
+        ("dino_vits", "dino_vits16'"), ("pixel", "pixels'"), ("vit_small", "timm:"),
+        ("timm:resnet50.nope", "timm:resnet50"),
+        ("timm:vit_tiny_patch16", "timm:vit_tiny_patch16"))),
+    *(("pixels", {"device": device}, f"device '{device}' is not there")
+      for device in ("gpu", "cuda:99", "meta")),
+    ("pixels", {"device": "gpu"}, "device 'gpu' is not there; pass auto"),
+    ("pixels", {"dtype": "half"}, "unknown dtype 'half'")])
+def test_unknown_names_devices_and_dtypes_are_refused_with_what_there_is(name, options, said):
+    refused(ValueError, said, None, name, **options)

@@ -18,12 +18,7 @@ def made_of(features, labels) -> FeatureSet:
     return FeatureSet("made up", "test", "none", features.astype(np.float32), labels, ("0", "1"))
 
 
-@pytest.fixture(autouse=True)
-def own_folders(monkeypatch, tmp_path):
-    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")
-
-
+pytestmark = pytest.mark.usefixtures("own_folders")
 STUDY = replace(load_study("tiny"), n_seeds=2)
 RNG = np.random.default_rng(0)
 LABELS = np.arange(400) % 2

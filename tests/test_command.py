@@ -41,21 +41,25 @@ def is_one_sentence(text: str) -> bool:
     return text.startswith("error: ") and text.rstrip("\n").count("\n") == 0
 
 
-@pytest.mark.parametrize(("module", "names"), [
-    ("tsp_utils", ["reproduce", "figures", "refresh", "cluster"]), ("experiments", EXPERIMENTS)])
-def test_help_lists_every_command(module, names):
-    done = call(sys.executable, "-m", module, "--help")
+@pytest.mark.parametrize(("helps", "names"), [
+    ([sys.executable, "-m", "tsp_utils", "--help"], "reproduce figures refresh cluster"),
+    ([sys.executable, "-m", "experiments", "--help"], " ".join(EXPERIMENTS)),
+    pytest.param(["make", "PYTHON=python"], "help setup reproduce test notebooks refresh figures "
+                 "bench clean", marks=needs_make)])
+def test_help_lists_every_command_and_each_target(helps, names):
+    done = call(*helps)
     assert done.returncode == 0 and done.stderr == ""
-    assert all(name in done.stdout for name in names)
+    for name in names.split():
+        assert name in done.stdout
+        assert helps[0] != "make" or len(re.findall(rf"^{name} ", done.stdout, re.M)) == 1
 
 
 @pytest.mark.parametrize("arguments, sentence", [
     ("reproduce --profile ofline", "'ofline' is not known; the nearest one is 'offline'"),
     ("reproduce --profile tiny --set n_neighbor=5", "nearest one is 'n_neighbors'"),
     ("figures --profile tiny", "run make reproduce PROFILE=tiny first")])
-def test_what_cannot_be_done_ends_in_one_sentence(failure, tmp_path, monkeypatch, capsys,
-                                                  arguments, sentence):
-    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path)
+def test_what_cannot_be_done_ends_in_one_sentence(failure, own_folders, capsys, arguments,
+                                                  sentence):
     error = failure(*arguments.split())
     assert is_one_sentence(error) and sentence in error and capsys.readouterr().out == ""
     assert not (ROOT / "figures" / "tiny").exists()
@@ -70,27 +74,23 @@ def test_what_is_no_command_is_refused(parse, arguments, capsys):
     assert left.value.code == 2 and "error:" in capsys.readouterr().err
 
 
-def test_a_failing_notebook_ends_in_one_sentence(failure, monkeypatch):
-    def fails(*_, **__):
-        yield "00_overview", "ran", 1.0
-        raise RuntimeError("01_b.ipynb failed in code cell 3")
-
-    monkeypatch.setattr("tsp_utils.study.runner.reproduce", fails)
-    assert failure("reproduce") == "error: 01_b.ipynb failed in code cell 3"
-
-
-def test_reproduce_passes_its_arguments_on_and_reports(monkeypatch, capsys):
+def test_reproduce_passes_its_arguments_on_reports_and_fails_in_one_sentence(failure, monkeypatch,
+                                                                            capsys):
     calls = []
 
     def reproduce(profile, force, jobs):
         calls.append((profile, force, jobs))
         yield "00_overview", "ran", 61.0
         yield "01_feature_extraction", "unchanged, skipped", 0.0
+        if not force:
+            raise RuntimeError("01_b.ipynb failed in code cell 3")
 
     monkeypatch.setattr("tsp_utils.study.runner.reproduce", reproduce)
+    assert failure("reproduce") == "error: 01_b.ipynb failed in code cell 3"
+    capsys.readouterr()
     assert main(["reproduce", "--profile", "tiny", "--set", "n_seeds=1", "n_neighbors=5",
                  "--force", "--jobs", "3"]) == 0
-    assert calls == [("tiny n_seeds=1 n_neighbors=5", True, 3)]
+    assert calls[1:] == [("tiny n_seeds=1 n_neighbors=5", True, 3)]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["00_overview", "ran", "61", "s"] and "skipped" in lines[1]
     assert lines[2].split() == ["all", "0", "s"]  # on the clock: notebooks run side by side
@@ -145,12 +145,3 @@ def test_a_python_without_the_packages_says_what_installs_them():
     done = call(sys.executable, "-I", "-S", "-c", "import runpy, sys; sys.path.insert(0, '.'); "
                 "sys.argv[1:] = ['reproduce']; runpy.run_module('tsp_utils', run_name='__main__')")
     assert done.returncode == 1 and is_one_sentence(done.stderr) and "make setup" in done.stderr
-
-
-@needs_make
-def test_make_help_is_the_default_and_lists_the_targets():
-    done = call("make", "PYTHON=python")
-    assert done.returncode == 0, done.stderr
-    for target in ("help", "setup", "reproduce", "test", "notebooks", "refresh", "figures", "bench",
-                   "clean"):
-        assert sum(line.split()[0] == target for line in done.stdout.splitlines()) == 1

@@ -76,17 +76,15 @@ def write_cifar(root, monkeypatch, kind: str) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def test_cifar10_from_the_official_pickles(tmp_path, monkeypatch):
+def test_cifar_from_the_official_pickles_with_fine_and_coarse_labels(tmp_path, monkeypatch):
     images, labels = write_cifar(tmp_path, monkeypatch, "CIFAR10")
-    train = load_dataset("cifar10", "train", tmp_path, download=False)
-    test = load_dataset("cifar10", "test", tmp_path, download=False)
+    train, test = (load_dataset("cifar10", split, tmp_path, download=False)
+                   for split in ("train", "test"))
     assert np.array_equal(train.images, images[:15]) and np.array_equal(test.images, images[15:])
     assert np.array_equal(train.labels, labels[:15]) and train.labels.dtype == np.int64
     assert test.classes == DATASETS["cifar10"].classes and test.paths is None
     assert test.images.dtype == np.uint8 and test.images.flags["C_CONTIGUOUS"]
 
-
-def test_cifar100_has_fine_and_coarse_labels(tmp_path, monkeypatch):
     images, labels = write_cifar(tmp_path, monkeypatch, "CIFAR100")
     fine, coarse = (load_dataset(name, "test", tmp_path) for name in ("cifar100", "cifar100-20"))
     assert np.array_equal(fine.images, images[3:]) and np.array_equal(coarse.images, images[3:])
@@ -129,16 +127,12 @@ def test_fashion_mnist_train_from_torchvisions_folder_and_a_damaged_file_by_name
     assert "train-images-idx3-ubyte" in refused(OSError, "fashion-mnist", "train", tmp_path)
 
 
-def test_fashion_mnist_test_is_bundled():
-    dataset = load_dataset("fashion-mnist")
+def test_fashion_mnist_test_is_bundled_as_its_readme_says():
+    dataset, folder = load_dataset("fashion-mnist"), bundled_dir() / "fashion-mnist"
     assert dataset.images.shape == (10_000, 28, 28, 1) and dataset.images.dtype == np.uint8
     assert np.bincount(dataset.labels).tolist() == [1000] * 10
     assert dataset.labels[:5].tolist() == [9, 2, 1, 1, 6]
     assert dataset.classes[9] == "Ankle boot" and dataset.split == "test" and len(dataset) == 10_000
-
-
-def test_bundled_files_match_their_readme():
-    folder = bundled_dir() / "fashion-mnist"
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert "Zalando" in (folder / "LICENSE").read_text(encoding="utf-8")
     for path in folder.glob("*.gz"):
@@ -149,25 +143,22 @@ def test_class_folders_become_labels_and_hidden_or_other_files_are_passed_over(t
     images = pixels(4)
     for image, place in zip(images, ("b/0.png", "b/deeper/1.PNG", "a/2.png", "a/10.png"),
                             strict=True):
-        save(image, tmp_path / place)
+        save(image, tmp_path / "set" / place)
     for junk in (".complete", "a/Thumbs.db", "a/.hidden.png", ".cache/x.png", "notes/readme.txt"):
-        (tmp_path / junk).parent.mkdir(exist_ok=True)
-        (tmp_path / junk).write_bytes(b"junk")
-    dataset = load_dataset(tmp_path)
+        (tmp_path / "set" / junk).parent.mkdir(exist_ok=True)
+        (tmp_path / "set" / junk).write_bytes(b"junk")
+    (tmp_path / "set" / "a" / "again").symlink_to(tmp_path / "set")  # a loop is walked once
+    dataset = load_dataset(tmp_path / "set")
     assert dataset.paths == ("a/10.png", "a/2.png", "b/0.png", "b/deeper/1.PNG")
     assert np.array_equal(dataset.images, images[[3, 2, 0, 1]])
     assert dataset.labels.tolist() == [0, 0, 1, 1] and dataset.classes == ("a", "b")
-    assert dataset.split is None and dataset.name == tmp_path.name
-
-
-@pytest.mark.parametrize("place", ["{}.png", "images/{}.png"])
-def test_a_folder_without_classes_has_no_labels(tmp_path, place):
-    images = pixels(2)
-    for i, image in enumerate(images):
-        save(image, tmp_path / place.format(i))
-    dataset = load_dataset(str(tmp_path))
-    assert np.array_equal(dataset.images, images)
-    assert dataset.labels is None and dataset.classes == ()
+    assert dataset.split is None and dataset.name == "set"
+    for i in range(2):
+        save(images[i], tmp_path / "flat" / "one folder" / f"{i}.png")
+    for folder in ("flat", "flat/one folder"):  # no classes, no labels
+        dataset = load_dataset(str(tmp_path / folder))
+        assert np.array_equal(dataset.images, images[:2])
+        assert dataset.labels is None and dataset.classes == ()
 
 
 def test_named_folders_use_the_official_label_order(tmp_path, caplog):
@@ -193,9 +184,8 @@ def test_an_image_folder_goes_before_torchvisions_files(tmp_path, monkeypatch):
     assert len(load_dataset("cifar10", "train", tmp_path)) == 15
 
 
-def test_every_mode_is_read(tmp_path):
-    rgb = pixels(1, 8, 8)[0]
-    grey = rgb[..., 0]
+def test_every_mode_is_read_animations_by_their_first_image_and_turned_as_exif_says(tmp_path):
+    rgb, grey = pixels(1, 8, 8)[0], pixels(1, 8, 8)[0, ..., 0]
     Image.fromarray(grey).save(tmp_path / "0_grey.png")
     Image.fromarray(grey.astype(np.uint16) * 256 + 7).save(tmp_path / "1_sixteen_bit.png")
     Image.fromarray(np.dstack([grey, grey])).save(tmp_path / "2_grey_alpha.png")
@@ -204,22 +194,21 @@ def test_every_mode_is_read(tmp_path):
 
     Image.fromarray(rgb).save(tmp_path / "3_rgb.png")
     Image.fromarray(np.dstack([rgb, grey])).save(tmp_path / "4_rgba.png")
-    Image.fromarray(grey).convert("P").save(tmp_path / "5_palette.gif")
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "6_cmyk.jpg")
+    more = dict(save_all=True, append_images=[Image.new("P", (8, 8))])
+    Image.fromarray(grey).convert("P").save(tmp_path / "5_palette_animated.gif", **more)
+    Image.fromarray(rgb).save(tmp_path / "6_animated.webp", lossless=True, **more)
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "7_cmyk.jpg")
     images = load_dataset(tmp_path).images
-    assert images.shape == (7, 8, 8, 3)
-    assert (images[[0, 1, 2, 5]] == grey[..., None]).all() and (images[3:5] == rgb).all()
-    assert images[6, ..., 0].min() > 240 and images[6, ..., 1:].max() < 15  # red
+    assert images.shape == (8, 8, 8, 3)
+    assert (images[[0, 1, 2, 5]] == grey[..., None]).all() and (images[[3, 4, 6]] == rgb).all()
+    assert images[7, ..., 0].min() > 240 and images[7, ..., 1:].max() < 15  # red
 
-
-def test_exif_rotation_is_applied(tmp_path):
-    image = np.zeros((16, 32, 3), dtype=np.uint8)
-    image[:, 16:] = 255  # white on the right
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: white below
-    save(image, tmp_path / "0.jpg", quality=95, exif=exif)
-    turned = load_dataset(tmp_path).images
-    assert turned.shape == (1, 32, 16, 3)
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: white on the right comes below
+    white = np.uint8([0, 255])[np.arange(32) // 16]
+    save(np.tile(white, (16, 1)), tmp_path / "turned" / "0.jpg", quality=95, exif=exif)
+    turned = load_dataset(tmp_path / "turned").images
+    assert turned.shape == (1, 32, 16, 1)
     assert turned[0, :14].max() < 30 and turned[0, 18:].min() > 225
 
 
@@ -328,6 +317,9 @@ def test_without_network_one_sentence_and_nothing_left(tmp_path, no_network, nam
     message = refused(FileNotFoundError, name, "train", tmp_path / "new", download=False)
     assert file in message and "download=True" in message
     assert everything_under(tmp_path) == set()
+    (tmp_path / "file").touch()
+    message = refused(OSError, name, "train", tmp_path / "file" / "data")
+    assert f"Cannot write {name}" in message and "TSP_DATA" in message
 
 
 class Response(io.BytesIO):
@@ -361,13 +353,12 @@ def test_a_download_arrives_whole_and_a_broken_one_leaves_what_was_there(tmp_pat
     mine.parent.mkdir()
     mine.write_bytes(b"mine")
     before = everything_under(tmp_path)
+    breaks = True
     monkeypatch.setattr(urllib.request, "urlopen",
-                        lambda request: Response(content, request.full_url, breaks=True))
+                        lambda request: Response(content, request.full_url, breaks))
     assert "cut" in refused(ConnectionError, "cifar10", "test", tmp_path)
     assert everything_under(tmp_path) == before and mine.read_bytes() == b"mine"
-    monkeypatch.setattr(urllib.request, "urlopen",
-                        lambda request: Response(content, request.full_url, breaks=False))
-    new = tmp_path / "new"
+    breaks, new = False, tmp_path / "new"
     assert np.array_equal(load_dataset("cifar10", "test", new).images, images[15:])
     assert [path.name for path in new.iterdir()] == ["cifar-10-batches-py"]
 
@@ -382,12 +373,6 @@ def test_an_archive_put_there_by_hand_is_unpacked_unless_it_is_corrupt(tmp_path,
     archive.write_bytes(content)
     assert np.array_equal(load_dataset("cifar10", "train", tmp_path).images, images[:15])
     assert archive.exists()
-
-
-def test_a_root_that_cannot_be_written_is_refused(tmp_path, no_network):
-    (tmp_path / "file").write_bytes(b"")
-    message = refused(OSError, "cifar10", "test", tmp_path / "file" / "data")
-    assert "Cannot write cifar10" in message and "TSP_DATA" in message
 
 
 @pytest.mark.parametrize("name, split, n_classes", [("cifar10", "test", 10),

@@ -1,6 +1,5 @@
 """What an edit makes old: the table in docs/architecture.md, worked out from what is reached."""
 
-import pytest
 from readings import PATHS, ROOT, code_of
 
 from tsp_utils.backbones import load_backbone
@@ -31,22 +30,15 @@ def names_in(reached: dict) -> set[str]:
     return {text.split(":")[0].split(" = ")[0] for text in reached.values()}
 
 
-@pytest.fixture(scope="module")
-def reached():
-    """Qualified names that each kind of result, and each notebook, reaches."""
+def test_the_table_of_edits_is_what_is_reached(monkeypatch):
+    """By each kind of result, and by each notebook."""
     network = load_backbone("patch_kmeans", device="cpu")
-    kinds = {"features": [_feature_batches, *code_that_sees(network, None)],
-             "K-means": [kmeans, Scaler.fit, Scaler.transform],
-             "heads": code_of_training(load_study())}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keys, "_digest", names_in)
-        notebooks = {path.stem[:2]: keys.code_called_by(code_of(path)) for path in PATHS}
-    return {kind: names_in(keys._reached(functions, set()))
-            for kind, functions in kinds.items()}, notebooks
-
-
-def test_the_table_of_edits_is_what_is_reached(reached):
-    kinds, notebooks = reached
+    functions = {"features": [_feature_batches, *code_that_sees(network, None)],
+                 "K-means": [kmeans, Scaler.fit, Scaler.transform],
+                 "heads": code_of_training(load_study())}
+    kinds = {kind: names_in(keys._reached(given, set())) for kind, given in functions.items()}
+    monkeypatch.setattr(keys, "_digest", names_in)
+    notebooks = {path.stem[:2]: keys.code_called_by(code_of(path)) for path in PATHS}
     lines = []
     for edit, name in EDITS.items():
         old = ["yes" if name in names else "" for names in kinds.values()]
@@ -54,10 +46,6 @@ def test_the_table_of_edits_is_what_is_reached(reached):
         lines.append(f"| {edit} | {' | '.join(old)} | {', '.join(rerun) or 'none'} |")
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert "\n".join(lines) in page, "\n" + "\n".join(lines)
-
-
-def test_edits_of_what_trains_reach_far_and_edits_of_what_draws_reach_nothing(reached):
-    kinds, notebooks = reached
     assert {"03", "04", "05"} <= {n for n, names in notebooks.items() if "tsp_loss" in names}
     everything = set().union(*kinds.values(), *notebooks.values())
-    assert not everything & {"plot_ledger", "folder_page", "set_style"}
+    assert not everything & {"plot_ledger", "folder_page", "set_style"}  # what draws

@@ -60,6 +60,14 @@ def kept(folder, images, backbone=None):
     return found, backbone.rows
 
 
+def made_again(folder, images, n):
+    """The cache makes n rows, and all that it gives are those of a plain extraction."""
+    found, n_made = kept(folder, images)
+    assert n_made == n
+    np.testing.assert_allclose(found, plainly(images), rtol=1e-5, atol=1e-2)
+    return found
+
+
 def plainly(images):
     return extract_features(Plain(), images, 20, progress=False)
 
@@ -111,22 +119,10 @@ def test_extraction_refuses_what_it_cannot_use():
         extract_features(same, mixed, batch_size=4, progress=False)
 
 
-def test_non_finite_features_name_backbone_and_first_row_and_the_rows_before_are_kept(tmp_path):
-    broken = Plain(stop_after=40, stop=partial(with_nan))
-    with pytest.raises(ValueError, match="plain gave NaN or infinite features, first in row 43"):
-        kept(tmp_path, images_of(), broken)
-    again, n_made = kept(tmp_path, images_of())
-    assert n_made == 60
-    np.testing.assert_array_equal(again, plainly(images_of()))
-
-
 def test_a_hit_in_tsp_cache_does_not_call_the_model_and_is_read_only(tmp_path, monkeypatch):
     monkeypatch.setenv("TSP_CACHE", str(tmp_path))
-    made, n_made = kept(None, images_of())
-    found, n_again = kept(None, images_of())
-    assert (n_made, n_again) == (100, 0)
-    np.testing.assert_array_equal(made, plainly(images_of()))
-    np.testing.assert_array_equal(made, found)
+    made_again(None, images_of(), 100)
+    found = made_again(None, images_of(), 0)
     assert isinstance(found, np.memmap) and not found.flags.writeable
     folder = tmp_path / "features"
     assert [Path(name).suffix for name in files(folder)] == [".f32", ".json", ".sums"]
@@ -135,12 +131,14 @@ def test_a_hit_in_tsp_cache_does_not_call_the_model_and_is_read_only(tmp_path, m
     assert record["description"]["inputs"]["backbone"]["backbone"] == "plain"
 
 
-@pytest.mark.parametrize("given, kind", [("photos", "str"), (images_of(), "ndarray")])
-def test_a_path_or_an_array_in_place_of_a_data_set_is_refused(tmp_path, given, kind):
-    with pytest.raises(TypeError, match=f"takes a data set, and this is of type {kind}: pass "
-                                        f"load_dataset"):
-        cached_features(Plain(), given, tmp_path)
+def test_what_is_no_data_set_and_a_folder_that_cannot_be_made_are_refused(tmp_path):
+    for given, kind in (("photos", "str"), (images_of(), "ndarray")):
+        with pytest.raises(TypeError, match=f"a data set, .* of type {kind}: pass load_dataset"):
+            cached_features(Plain(), given, tmp_path)
     assert files(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cache folder .*file.inside cannot be written.*TSP_CACHE"):
+        kept(tmp_path / "file" / "inside", images_of())
 
 
 def test_a_vector_depends_on_its_image_and_on_nothing_of_the_set(tmp_path):
@@ -155,32 +153,20 @@ def test_a_vector_depends_on_its_image_and_on_nothing_of_the_set(tmp_path):
 def test_one_image_more_costs_one(tmp_path, place):
     kept(tmp_path, images_of())
     grown = np.insert(images_of(), place, images_of(n=1, seed=7)[0], axis=0)
-    got, n_made = kept(tmp_path, grown)
-    assert n_made == 1 and isinstance(got, np.memmap) and not got.flags.writeable
-    np.testing.assert_allclose(got, plainly(grown), rtol=1e-5, atol=1e-2)
-    fewer, n_made = kept(tmp_path, grown[::-3])
-    np.testing.assert_array_equal(fewer, got[::-3])
-    assert n_made == 0
+    found = made_again(tmp_path, grown, 1)
+    assert isinstance(found, np.memmap) and not found.flags.writeable
+    np.testing.assert_array_equal(made_again(tmp_path, grown[::-3], 0), found[::-3])
 
 
-def test_duplicates_cost_one_and_come_back_in_their_places(tmp_path):
-    images = images_of(10)[[0, 3, 3, 0, 9, 3]]
-    got, n_made = kept(tmp_path, images)
-    assert n_made == 3
-    np.testing.assert_array_equal(got, plainly(images))
-
-
-def test_files_count_by_their_content_whatever_their_names(tmp_path):
+def test_images_count_by_content_duplicates_once_and_files_whatever_their_names(tmp_path):
+    made_again(tmp_path / "duplicates", images_of(10)[[0, 3, 3, 0, 9, 3]], 3)
     names = [f"{i}.png" for i in range(6)]
     for name, image in zip(names, images_of(6), strict=True):
         Image.fromarray(image).save(tmp_path / name)
-    first, n_made = kept(tmp_path / "cache", ImageFiles(tmp_path, names))
-    assert n_made == 6
+    made_again(tmp_path / "cache", ImageFiles(tmp_path, names), 6)
     (tmp_path / "2.png").rename(tmp_path / "a new name.png")
-    renamed = ImageFiles(tmp_path, [*names[:2], *names[3:], "a new name.png"])
-    again, n_made = kept(tmp_path / "cache", renamed)
-    assert n_made == 0
-    np.testing.assert_array_equal(again, first[[0, 1, 3, 4, 5, 2]])
+    names[2:] = [*names[3:], "a new name.png"]
+    made_again(tmp_path / "cache", ImageFiles(tmp_path, names), 0)
 
 
 def test_edited_code_is_run_and_not_read_back(tmp_path, monkeypatch):
@@ -215,14 +201,16 @@ def test_the_key_changes_with_weights_transform_and_dtype(tmp_path):
     assert [extract(**variant) for variant in variants] == [1, 2, 3, 4, 5, 6, 6]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory"),
-                                   OSError("a torn JPEG")])
-def test_after_an_error_which_is_its_own_only_the_remaining_rows_are_made(tmp_path, error):
-    with pytest.raises(type(error), match=f"^{error}$"):
-        kept(tmp_path, images_of(105), Plain(stop_after=60, stop=partial(raise_, error)))
-    got, n_made = kept(tmp_path, images_of(105))
-    assert n_made == 45 and len(files(tmp_path)) == 3
-    np.testing.assert_array_equal(got, plainly(images_of(105)))
+@pytest.mark.parametrize("stop, kind, said", [
+    (with_nan, ValueError, "plain gave NaN or infinite features, first in row 63"),
+    *((partial(raise_, error), type(error), f"^{error}$") for error in (
+        KeyboardInterrupt(), RuntimeError("out of memory"), OSError("a torn JPEG")))])
+def test_after_an_error_which_is_its_own_only_the_remaining_rows_are_made(tmp_path, stop, kind,
+                                                                          said):
+    with pytest.raises(kind, match=said):
+        kept(tmp_path, images_of(105), Plain(stop_after=60, stop=partial(stop)))
+    made_again(tmp_path, images_of(105), 45)
+    assert len(files(tmp_path)) == 3
 
 
 def test_a_killed_process_leaves_rows_that_the_next_goes_on_from(tmp_path):
@@ -233,9 +221,7 @@ def test_a_killed_process_leaves_rows_that_the_next_goes_on_from(tmp_path):
     for kind in ("f32", "sums"):  # what the kill tore
         with open(next(tmp_path.glob(f"*.{kind}")), "ab") as file:
             file.write(b"torn")
-    got, n_made = kept(tmp_path, images_of(105))
-    assert n_made == 45
-    np.testing.assert_array_equal(got, plainly(images_of(105)))
+    made_again(tmp_path, images_of(105), 45)
 
 
 @pytest.mark.parametrize("kind, damage, lost, named", [
@@ -248,16 +234,15 @@ def test_a_killed_process_leaves_rows_that_the_next_goes_on_from(tmp_path):
 ])
 def test_rows_that_do_not_match_are_named_and_made_again(tmp_path, caplog, kind, damage, lost,
                                                          named):
-    good = np.array(kept(tmp_path, images_of())[0])
+    kept(tmp_path, images_of())
     (path,) = tmp_path.glob(f"*.{kind}")
-    if damage is None:
-        path.unlink()
-    else:
-        path.write_bytes(damage(path.read_bytes()))
+    content = path.read_bytes()
+    path.unlink()
+    if damage:
+        path.write_bytes(damage(content))
     with caplog.at_level(logging.WARNING):
-        got, n_made = kept(tmp_path, images_of())
-    np.testing.assert_allclose(got, good, rtol=1e-6, atol=1e-3)
-    assert n_made == lost and (str(path.with_suffix(".f32")) in caplog.text or not named)
+        made_again(tmp_path, images_of(), lost)
+    assert str(path.with_suffix(".f32")) in caplog.text or not named
 
 
 READ_ONLY = """
@@ -284,12 +269,6 @@ def test_a_read_only_folder_is_read_but_not_written(tmp_path):
     assert "TSP_CACHE" in said and len(said.strip().splitlines()) == 1
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cache folder .*file.inside cannot be written.*TSP_CACHE"):
-        kept(tmp_path / "file" / "inside", images_of())
-
-
 @pytest.mark.parametrize("full_at", [1, 3])
 def test_a_disk_that_fills_up_is_one_sentence_and_spoils_nothing(tmp_path, monkeypatch, full_at):
     append, writes = _Rows.append, []
@@ -305,9 +284,7 @@ def test_a_disk_that_fills_up_is_one_sentence_and_spoils_nothing(tmp_path, monke
     monkeypatch.setattr(_Rows, "append", full)
     with pytest.raises(OSError, match=r"No space left on device"):
         kept(tmp_path, images_of())
-    got, n_made = kept(tmp_path, images_of())
-    assert n_made == 100 - 20 * (full_at - 1)
-    np.testing.assert_array_equal(got, plainly(images_of()))
+    made_again(tmp_path, images_of(), 100 - 20 * (full_at - 1))
 
 
 SLOWLY = """
@@ -323,7 +300,7 @@ def test_two_processes_at_once_extract_once(tmp_path):
     both = [start(SLOWLY, tmp_path) for _ in range(2)]
     ends = [process.communicate(timeout=120) for process in both]
     assert sorted(out.strip() for out, _ in ends) == ["0", "400"], ends
-    np.testing.assert_array_equal(kept(tmp_path, images_of(400))[0], plainly(images_of(400)))
+    made_again(tmp_path, images_of(400), 0)
 
 
 MEMORY = """

@@ -1,4 +1,4 @@
-"""The head: its start, its training, its independence of the other heads."""
+"""Eq. 5, and the head: its start, its training, its independence of the other heads."""
 
 import math
 import warnings
@@ -7,10 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from sklearn.cluster import KMeans
 from sklearn.datasets import make_blobs
 
-from tsp_utils import clustering_metrics, init_heads, kmeans, nearest_neighbors, neighbor_weights
+from tsp_utils import (
+    clustering_metrics,
+    init_heads,
+    kmeans,
+    nearest_neighbors,
+    neighbor_weights,
+    tsp_loss,
+)
 from tsp_utils import train_heads as train
 from tsp_utils.heads import MLPHeads, best_head, draw_pairs
 from tsp_utils.k_means import _kmeans_on, _lloyd
@@ -20,6 +28,44 @@ from tsp_utils.scaling import Scaler, scale_features
 BLOBS, LABELS = make_blobs(600, 16, centers=5, cluster_std=3.0, random_state=0)
 FEATURES = scale_features(BLOBS)
 NEIGHBORS = nearest_neighbors(FEATURES, 10)
+RNG = np.random.default_rng(0)
+
+
+def loss_by_hand(logits, neighbor_logits, entropy_weight):
+    p, q = softmax(logits, 1), softmax(neighbor_logits, 1)
+    consistency = -np.mean([np.log(np.dot(p[i], q[i])) for i in range(len(p))])
+    mean = p.mean(0)
+    return consistency - entropy_weight * -np.sum(mean * np.log(mean))
+
+
+@pytest.mark.parametrize("entropy_weight", [0.0, 3.0, 10.0])
+def test_equals_a_float64_loop_for_every_head_of_a_stack(entropy_weight):
+    logits, others = RNG.normal(0, 2, (2, 4, 32, 7))  # four heads, 32 samples, 7 clusters
+    ours, parts = tsp_loss(torch.tensor(logits), torch.tensor(others), entropy_weight)
+    torch.testing.assert_close(ours, parts["consistency"] - entropy_weight * parts["entropy"])
+    expected = [loss_by_hand(a, b, entropy_weight) for a, b in zip(logits, others, strict=True)]
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12)
+
+
+def test_certain_and_uniform_predictions_by_hand():
+    certain = torch.tensor([[50.0, 0], [0, 50.0]], dtype=torch.float64)
+    _, parts = tsp_loss(certain, certain)
+    assert parts["consistency"].item() == pytest.approx(0, abs=1e-12)
+    assert parts["entropy"].item() == pytest.approx(np.log(2))
+    _, parts = tsp_loss(torch.zeros(3, 5), torch.zeros(3, 5))
+    assert parts["consistency"].item() == pytest.approx(np.log(5), rel=1e-6)
+    assert parts["entropy"].item() == pytest.approx(np.log(5), rel=1e-6)
+
+
+def test_the_gradient_is_that_of_finite_differences_and_survives_total_disagreement():
+    """log(sum(p * q)) in float32 underflows here to log(0); the logsumexp does not."""
+    logits = torch.tensor([[200.0, 0]], requires_grad=True)
+    loss, _ = tsp_loss(logits, torch.tensor([[0, 200.0]]), 0.0)
+    loss.backward()
+    assert torch.isfinite(loss) and loss.item() == pytest.approx(200 - np.log(2), rel=1e-5)
+    assert torch.isfinite(logits.grad).all()
+    logits = [torch.tensor(RNG.normal(size=(6, 4)), requires_grad=True) for _ in range(2)]
+    assert torch.autograd.gradcheck(lambda a, b: tsp_loss(a, b)[0], logits)
 
 
 def train_heads(heads, **settings):
@@ -39,10 +85,6 @@ def test_scaling_is_one_scalar_learned_from_the_fitted_features():
                                BLOBS * 4 / np.linalg.norm(black, axis=1).mean(), rtol=1e-5)
     assert Scaler("l2").fit(BLOBS).scale_ == Scaler("raw").fit(BLOBS).scale_ == 1
     assert not np.shares_memory(scale_features(FEATURES, "raw"), FEATURES)
-    with pytest.raises(ValueError, match="All features are 0"):
-        scale_features(np.zeros((4, 3)))
-    with pytest.raises(ValueError, match="'unit' is not known; pass mean-norm, raw, l2"):
-        Scaler("unit")
 
 
 @pytest.mark.parametrize("dtype, size", [
@@ -86,23 +128,32 @@ def test_a_head_whose_loss_is_no_number_is_never_the_best():
 CONTRACT = r"returns its value \[S\] and its terms by.*S = 2"
 
 
-@pytest.mark.parametrize("settings, sentence", [
-    (dict(entropy_weight=math.inf), "entropy_weight is inf; pass 0 or more"),
-    (dict(entropy_weight=-1.0), "entropy_weight is -1.0"),
-    (dict(entropy_weight=math.nan), "entropy_weight is nan"),
-    (dict(learning_rate=0.0), "learning_rate is 0.0; pass a number above 0"),
-    (dict(learning_rate=math.inf), "learning_rate is inf"),
-    (dict(batch_size=0), "batch_size is 0; pass 1 or more"),
-    (dict(max_epochs=0), "max_epochs is 0 and min_steps 0, with which nothing is trained"),
-    (dict(max_epochs=-1), "max_epochs is -1"),
-    (dict(loss=lambda a, b: other_loss(a, b)[0]), CONTRACT),  # no terms
-    (dict(loss=lambda a, b: (other_loss(a, b)[0].mean(), {})), CONTRACT),  # one value for all
-    (dict(loss=lambda a, b: (other_loss(a, b)[0], {"p": a})), CONTRACT),  # a term's other shape
-    (dict(loss=lambda a, b: (other_loss(a, b)[0].detach(), {})), CONTRACT),  # nothing to learn
+@pytest.mark.parametrize("ask, sentence", [
+    *((lambda bad=bad: train_heads(init_heads(FEATURES, 5, seeds=[0, 1]), **bad), sentence)
+      for bad, sentence in [
+        (dict(entropy_weight=math.inf), "entropy_weight is inf; pass 0 or more"),
+        (dict(entropy_weight=-1.0), "entropy_weight is -1.0"),
+        (dict(entropy_weight=math.nan), "entropy_weight is nan"),
+        (dict(learning_rate=0.0), "learning_rate is 0.0; pass a number above 0"),
+        (dict(learning_rate=math.inf), "learning_rate is inf"),
+        (dict(batch_size=0), "batch_size is 0; pass 1 or more"),
+        (dict(max_epochs=0), "max_epochs is 0 and min_steps 0, with which nothing is trained"),
+        (dict(max_epochs=-1), "max_epochs is -1"),
+        (dict(loss=lambda a, b: other_loss(a, b)[0]), CONTRACT),  # no terms
+        (dict(loss=lambda a, b: (other_loss(a, b)[0].mean(), {})), CONTRACT),  # one value for all
+        (dict(loss=lambda a, b: (other_loss(a, b)[0], {"p": a})), CONTRACT),  # a term's other shape
+        (dict(loss=lambda a, b: (other_loss(a, b)[0].detach(), {})), CONTRACT)]),  # no gradient
+    (lambda: kmeans(FEATURES, 700, [0]), "cannot make 700 clusters"),
+    (lambda: kmeans(np.ones((50, 4), np.float32), 2, [0]), "only 1 distinct"),
+    (lambda: init_heads(FEATURES, 5, [0], init="zeros"), "k-means or random"),
+    (lambda: train(init_heads(FEATURES, 5, [0]), FEATURES, Neighbors(
+        NEIGHBORS.indices[:5], NEIGHBORS.distances[:5], "cosine")), "neighbours of 5"),
+    (lambda: scale_features(np.zeros((4, 3))), "All features are 0"),
+    (lambda: Scaler("unit"), "'unit' is not known; pass mean-norm, raw, l2"),
 ])
-def test_settings_and_losses_that_cannot_train_are_refused_in_one_sentence(settings, sentence):
+def test_what_cannot_be_trained_is_refused_in_one_sentence(ask, sentence):
     with pytest.raises(ValueError, match=sentence) as refused:
-        train_heads(init_heads(FEATURES, 5, seeds=[0, 1]), **settings)
+        ask()
     assert "\n" not in str(refused.value)
 
 
@@ -124,7 +175,7 @@ def test_k_means_of_torch_is_scikit_learns_from_the_same_start():
     assert runs.inertia.min() == pytest.approx(best, rel=1e-2) and runs.centers.shape == (2, 5, 16)
 
 
-def test_k_means_start_is_appendix_a_and_predicts_nearly_uniformly():
+def test_starts_are_those_of_appendix_a_and_predict_nearly_uniformly():
     heads = init_heads(FEATURES, 5, seeds=[3, 4])
     for weight, seed in zip(heads.weight.detach(), heads.seeds, strict=True):
         centers = KMeans(5, n_init=1, random_state=seed).fit(FEATURES).cluster_centers_
@@ -133,14 +184,10 @@ def test_k_means_start_is_appendix_a_and_predicts_nearly_uniformly():
     assert (heads.bias == 0).all()
     proba = heads.predict_proba(FEATURES)
     assert proba.shape == (2, 600, 5) and proba.min() > 0.05 and proba.max() < 0.6
-
-
-def test_random_start_has_the_row_norm_asked_for():
-    for norm in (None, 0.5):
-        heads = init_heads(FEATURES, 5, [0, 1], init="random", row_norm=norm)
-        expected = 0.25 if norm is None else norm  # 1 / sqrt(16)
-        np.testing.assert_allclose(heads.weight.detach().norm(dim=2), expected, rtol=1e-5)
-    assert not torch.allclose(heads.weight[0], heads.weight[1])
+    for asked, norm in ((None, 0.25), (0.5, 0.5)):  # a random start: 1 / sqrt(16), or as asked
+        random = init_heads(FEATURES, 5, [0, 1], init="random", row_norm=asked)
+        np.testing.assert_allclose(random.weight.detach().norm(dim=2), norm, rtol=1e-5)
+    assert not torch.allclose(random.weight[0], random.weight[1])
 
 
 @pytest.mark.parametrize("make", [
@@ -188,9 +235,7 @@ def test_a_neighbour_of_each_sample_is_drawn_with_its_weight():
     shares = np.bincount(drawn % 4, minlength=4) / len(drawn)
     np.testing.assert_allclose(shares, [0.5, 0.3, 0.2, 0], atol=0.01)
     assert shares[3] == 0
-
-
-def test_a_draw_that_rounding_brings_up_to_the_whole_sum_is_the_last_neighbour():
+    # A draw that rounding brings up to the whole sum is the last neighbour.
     highest = SimpleNamespace(permutation=np.arange, random=np.ones)
     cumulative = np.tile(np.float32([0.5, 0.8, 1.0]), (4, 1))
     pairs = draw_pairs(highest, np.tile([7, 8, 9], (4, 1)), cumulative, 4)
@@ -207,11 +252,8 @@ def test_training_finds_the_blobs_and_records_its_curves():
     np.testing.assert_allclose(of_batches, curves["entropy"], rtol=0.05)
     for clusters in heads.predict(FEATURES):
         assert clustering_metrics(LABELS, clusters)["acc"] > 0.9
-
-
-def test_at_least_min_steps_whatever_n():
-    history = train_heads(init_heads(FEATURES, 5, [0]), max_epochs=1, min_steps=30)
-    assert len(history.curves["loss"]) == 4  # 9 steps an epoch
+    least = train_heads(init_heads(FEATURES, 5, [0]), max_epochs=1, min_steps=30)
+    assert len(least.curves["loss"]) == 4  # 9 steps an epoch
 
 
 def test_no_entropy_term_collapses_and_says_so():
@@ -221,18 +263,6 @@ def test_no_entropy_term_collapses_and_says_so():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train_heads(init_heads(FEATURES, 5, seeds=[0]))
-
-
-def test_bad_input():
-    with pytest.raises(ValueError, match="cannot make 700 clusters"):
-        kmeans(FEATURES, 700, [0])
-    with pytest.raises(ValueError, match="only 1 distinct"):
-        kmeans(np.ones((50, 4), np.float32), 2, [0])
-    with pytest.raises(ValueError, match="k-means or random"):
-        init_heads(FEATURES, 5, [0], init="zeros")
-    few = Neighbors(NEIGHBORS.indices[:5], NEIGHBORS.distances[:5], "cosine")
-    with pytest.raises(ValueError, match="neighbours of 5"):
-        train(init_heads(FEATURES, 5, [0]), FEATURES, few)
 
 
 def test_a_head_with_a_hidden_layer_is_torchs():

@@ -17,12 +17,9 @@ from tsp_utils.study.head_comparison import ABLATIONS, METHODS, FeaturesToCluste
 from tsp_utils.study.head_tables import heads_markdown, heads_table
 from tsp_utils.systems.rivals import RIVALS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
-    monkeypatch.setenv("TSP_CACHE", str(tmp_path))
+def study(own_folders):
     return load_study("offline n_images=500 n_seeds=3 min_steps=20 batch_size=64")
 
 
@@ -121,14 +118,6 @@ def test_training_does_not_depend_on_what_is_scored_and_does_on_the_loss(
     assert len(trainings) == 8
 
 
-def test_spectral_needs_the_images_themselves_and_says_so(study):
-    fit = study.features("cifar10", "vit_nano_cpu")
-    half = replace(fit, features=fit.features[::2], labels=fit.labels[::2])
-    data = FeaturesToCluster(study, half, fit)
-    with pytest.raises(comparison.NotRun, match="only clusters the images that it is fitted on"):
-        comparison.scores_of(data, "spectral")
-
-
 def test_the_table_pairs_by_seed():
     shared = dict(dataset="d", backbone="b", protocol="all")
     acc = {method: np.random.default_rng(i).normal(30, 1, 10)
@@ -165,10 +154,12 @@ def test_tuning_sets_emptied_clusters_aside(study, sets, monkeypatch):
     assert (chosen["learning_rate"], chosen["sharpness"]) == (1e-3, 1.0)
 
 
-def test_the_probe_knows_labels_and_keeps_train_and_test_apart(study):
+def test_the_probe_keeps_train_and_test_apart_and_spectral_clustering_has_no_test(study):
     fit = study.features("cifar10", "vit_nano_cpu")
     even, odd = (replace(fit, features=fit.features[i::2], labels=fit.labels[i::2])
                  for i in (0, 1))
+    with pytest.raises(comparison.NotRun, match="only clusters the images that it is fitted on"):
+        comparison.scores_of(FeaturesToCluster(study, even, fit), "spectral")
     for pair in ((even, odd), (fit, fit)):  # fitted and scored on the same it is near 100
         assert 20 < comparison.linear_probe(*pair) < 80
     assert comparison.linear_probe(shuffled(fit), shuffled(fit)) < 20

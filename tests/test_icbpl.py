@@ -37,17 +37,7 @@ def test_too_few_dimensions_or_clusters_and_unknown_terms_are_refused():
         ICBPLHeads(CENTERS, [0, 1], size=1.0)
 
 
-def test_the_discrepancy_of_a_set_with_itself_is_0_and_grows_with_the_distance():
-    corners = torch.as_tensor(simplex_centers(5))
-    tiled = corners.repeat(4, 1)  # 20 points, each centre four times
-    assert mmd2(tiled, corners).item() == pytest.approx(0, abs=1e-12)
-    crowded = tiled.clone()
-    crowded[:8] = corners[0]  # eight of the twenty points crowd around one centre
-    collapsed = corners[:1].repeat(20, 1)
-    assert 0.01 < mmd2(crowded, corners).item() < mmd2(collapsed, corners).item()
-
-
-def test_the_discrepancy_is_that_of_scikit_learns_kernels():
+def test_the_discrepancy_is_that_of_scikit_learns_kernels_and_0_of_a_set_with_itself():
     rng = np.random.default_rng(0)
     z, corners = rng.standard_normal((2, 15, 4)), simplex_centers(5)
     z /= np.linalg.norm(z, axis=2, keepdims=True)
@@ -59,6 +49,11 @@ def test_the_discrepancy_is_that_of_scikit_learns_kernels():
         kernel = sum(rbf_kernel(both, gamma=1 / (width * 2**k)) for k in range(5))
         expected = kernel[:15, :15].mean() + kernel[15:, 15:].mean() - 2 * kernel[:15, 15:].mean()
         assert found[s].item() == pytest.approx(expected, rel=1e-10)
+    corners = torch.as_tensor(corners)
+    tiled = corners.repeat(4, 1)
+    crowded = torch.where(torch.arange(20)[:, None] < 8, corners[0], tiled)  # eight of twenty
+    apart = [mmd2(points, corners).item() for points in (tiled, crowded, corners[:1].repeat(20, 1))]
+    assert apart[0] == pytest.approx(0, abs=1e-12) and 0.01 < apart[1] < apart[2]
 
 
 def test_the_start_sends_each_k_means_centre_to_its_corner():

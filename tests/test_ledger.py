@@ -101,15 +101,9 @@ def test_a_rate_that_holds_lends_its_numbers_and_an_unknown_claim_is_named():
         claim_of("C99")
 
 
-def test_the_papers_own_networks_are_the_same_claim():
-    scopes = ledger([cell("C12", backbone="dino_vits16")]).set_index("id")["scope"]
-    assert (scopes["C12"], scopes["C3"]) == ("same claim", "analogue at 32 px")
-
-
 @pytest.fixture
-def study(tmp_path, monkeypatch):
+def study(own_folders, tmp_path, monkeypatch):
     """A study with notebooks 04, 05 and 10."""
-    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")
     monkeypatch.setattr(staleness, "NOTEBOOKS", tmp_path)
     for number in ("04", "05", "10"):
         nbformat.write(new_notebook(cells=[new_code_cell("1 + 1")]), tmp_path / f"{number}_x.ipynb")
@@ -182,24 +176,18 @@ def test_evidence_of_a_notebook_that_changed_is_refused_until_it_leaves_it_anew(
         read_evidence(study)
 
 
-def drawn(table) -> list[tuple[str, list[str]]]:
-    """The labels of the claims, and the texts, of the figure."""
-    plot_ledger(table, ax := plt.figure().gca())
-    plt.close("all")
-    return ([label.get_text() for label in ax.get_yticklabels()],
-            [text.get_text() for text in ax.texts])
-
-
-def test_markdown_and_figure_show_every_claim():
-    table = ledger([cell("C8"), cell("C10", "inconclusive"), cell("C12", "does not hold")])
-    text = to_markdown(table)
+def test_markdown_and_figure_show_every_claim_its_scope_and_a_cap_by_another_metric():
+    table = ledger([cell("C8"), cell("C10", "inconclusive"), cell("C12", "does not hold"),
+                    cell("C3", backbone="dino_vits16", ari=tuple(-0.1 + 0.1 * NOISE))])
+    text, row = to_markdown(table), table.set_index("id").loc["C3"]
     assert text.count("\n") == len(CLAIMS) + 2
     assert "| 1 x 10 | +4.00 [+3.47, +4.53] |" in text and "**not tested**" in text
-    assert [label.split()[-1] for label in drawn(table)[0]] == [c.id for c in CLAIMS]
-
-
-def test_a_cap_by_another_metric_is_said_and_drawn():
-    table = ledger([cell("C3", ari=tuple(-0.1 + 0.1 * NOISE))])
-    row = table.set_index("id").loc["C3"]
     assert row["verdict"] == "inconclusive" and "ARI pointing the other way" in row["qualifier"]
-    assert "vit, cifar10; ARI pointing the other way" in drawn(table)[1]
+    # The paper's own networks are the same claim.
+    assert (row["scope"], table.set_index("id").loc["C12", "scope"]) == (
+        "same claim", "analogue at 32 px")
+    plot_ledger(table, ax := plt.figure().gca())
+    plt.close("all")
+    assert [label.get_text().split()[-1] for label in ax.get_yticklabels()] == [
+        c.id for c in CLAIMS]
+    assert "dino_vits16, cifar10; ARI pointing the other way" in [t.get_text() for t in ax.texts]

@@ -17,10 +17,9 @@ from tsp_utils.paths import REPOSITORY
 from tsp_utils.study.figures import plot_finetuning_map, plot_heads
 
 
-def test_umap_takes_our_neighbours_for_its_own_search(tmp_path, monkeypatch):
+def test_umap_takes_our_neighbours_for_its_own_search(own_folders):
     from umap import UMAP
 
-    monkeypatch.setenv("TSP_CACHE", str(tmp_path))
     features = np.random.default_rng(0).normal(size=(300, 5)).astype(np.float32)
     settings = dict(metric="cosine", random_state=0, n_epochs=1)
     with pytest.warns(UserWarning):  # of no transform of new points, and of one thread for a seed

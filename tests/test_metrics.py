@@ -18,14 +18,13 @@ def test_matching_is_the_best_of_all_permutations():
         assert clustering_metrics(labels, clusters)["acc"] == pytest.approx(best)
 
 
-def test_more_clusters_than_classes_and_fewer():
-    labels = np.array([0, 0, 0, 1, 1, 1])
-    over = np.array([0, 0, 1, 2, 2, 2])
-    assert match_clusters(labels, over).tolist() == [0, -1, 1]
-    assert clustering_metrics(labels, over)["acc"] == pytest.approx(5 / 6)
-    under = np.zeros(6, int)
-    assert match_clusters(labels, under).tolist() in ([0], [1])
-    assert clustering_metrics(labels, under)["acc"] == pytest.approx(0.5)
+@pytest.mark.parametrize("labels, clusters, matches, acc", [
+    ([0, 0, 0, 1, 1, 1], [0, 0, 1, 2, 2, 2], [[0, -1, 1]], 5 / 6),  # more clusters than classes
+    ([0, 0, 0, 1, 1, 1], [0] * 6, [[0], [1]], 1 / 2),  # and fewer
+    ([0, 0, 5, 5, 9], [4, 4, 0, 0, 2], [[5, -1, 9, -1, 0]], 1)])  # with gaps
+def test_matching_by_hand(labels, clusters, matches, acc):
+    assert match_clusters(labels, clusters).tolist() in matches
+    assert clustering_metrics(labels, clusters)["acc"] == pytest.approx(acc)
 
 
 @pytest.mark.parametrize("names", [[0, 5, 10, 15], [3, 1, 7, 2], [10**9, 4, 10**12, 6]])
@@ -37,13 +36,6 @@ def test_labels_with_gaps_are_as_many_classes_as_there_are(names):
     assert sorted(class_of) == [-1, -1, *sorted(names)]  # six clusters, four classes
     assert clustering_metrics(labels, clusters) == pytest.approx(
         clustering_metrics(plain, clusters))
-
-
-def test_clusters_with_gaps_keep_their_numbers():
-    labels, clusters = np.array([0, 0, 5, 5, 9]), np.array([4, 4, 0, 0, 2])
-    assert match_clusters(labels, clusters).tolist() == [5, -1, 9, -1, 0]
-    assert confusion(labels, clusters)[:, [4, 0, 2]].tolist() == [[2, 0, 0], [0, 2, 0], [0, 0, 1]]
-    assert clustering_metrics(labels, clusters)["acc"] == 1
 
 
 def test_counts_are_scikit_learns_and_scores_know_no_names_and_take_lists():

@@ -42,9 +42,11 @@ def test_search_and_eq_4_equal_brute_force_whatever_the_factor_on_all_features(
     assert (found.indices == indices).mean() > 0.999  # ties in float32 may swap
     expected = distances if metric == "cosine" else distances * factor
     np.testing.assert_allclose(found.distances, expected, rtol=2e-5)
-    weights = neighbor_weights(found)
-    np.testing.assert_allclose(weights, weights_by_loop(distances), rtol=1e-4)
-    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
+    assert (found.first(3).indices == found.indices[:, :3]).all()
+    for given in (found, found.first(7)):
+        weights = neighbor_weights(given)
+        np.testing.assert_allclose(weights, weights_by_loop(distances), rtol=1e-4)
+        np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
 
 
 def weights_by_loop(distances):
@@ -75,18 +77,14 @@ def test_vectors_far_from_the_origin_are_told_apart(metric, offset):
     np.testing.assert_allclose(found.distances, distances, rtol=1e-3)
 
 
-def test_a_sparse_inner_product_is_that_of_brute_force():
+def test_a_sparse_inner_product_is_that_of_brute_force_and_a_sum_may_be_infinite():
     """Large vectors that point away from all: the nearest are tiny, and their products vanish."""
     features = np.abs(FEATURES).astype(np.float64)
+    assert np.isfinite(nearest_neighbors(features * 4e307, 5).distances).all()
     features[::2] *= -1e25
     features[1::2] *= 1e-20
     found = nearest_neighbors(features.astype(np.float32), 5, "inner")
     assert (found.indices == brute_force(features, 5, "inner")[0])[1::2].mean() > 0.99
-
-
-def test_finite_numbers_whose_sum_is_not_are_finite():
-    found = nearest_neighbors(np.abs(FEATURES.astype(np.float64)) * 4e307, 5)
-    assert np.isfinite(found.distances).all()
 
 
 def test_self_is_left_out_by_index_even_among_duplicates_and_beyond_one_block_of_the_search():
@@ -99,15 +97,12 @@ def test_self_is_left_out_by_index_even_among_duplicates_and_beyond_one_block_of
     assert not (many.indices == np.arange(5000)[:, None]).any()
 
 
-def test_weights_of_duplicates_are_uniform_over_distance_zero():
+def test_weights_of_duplicates_are_uniform_over_distance_zero_and_perplexity_by_hand():
     distances = np.array([[0, 0, 0, 0, 1.0], [0, 0, 1, 2, 3]], np.float32)
     weights = neighbor_weights(Neighbors(np.zeros((2, 5), int), distances, "euclidean"))
     np.testing.assert_allclose(weights[0], [0.25, 0.25, 0.25, 0.25, 0])
     expected = np.exp([0, 0, -2, -8, -18])
     np.testing.assert_allclose(weights[1], expected / expected.sum(), rtol=1e-5)
-
-
-def test_perplexity_of_uniform_and_of_certain():
     weights = np.array([[0.25] * 4, [1, 0, 0, 0], [0.5, 0.5, 0, 0]], np.float32)
     np.testing.assert_allclose(neighbor_perplexity(weights), [4, 1, 2], rtol=1e-6)
 
@@ -117,11 +112,6 @@ def test_label_consistency_by_hand_of_arrays_lists_and_names():
     found = Neighbors(indices, np.zeros((4, 3), np.float32), "cosine")
     for labels in (np.array([0, 0, 1, 1]), [0, 0, 1, 1], ["no", "no", "yes", "yes"]):
         np.testing.assert_allclose(label_consistency(found, labels), [1, 0.5, 1 / 3])
-
-
-def test_the_first_neighbours_are_neighbours_themselves():
-    assert (FOUND.first(3).indices == FOUND.indices[:, :3]).all()
-    assert (neighbor_weights(FOUND.first(7)) == neighbor_weights(FOUND)).all()
 
 
 def test_knn_accuracy_whatever_the_scale_and_the_names_of_the_labels():

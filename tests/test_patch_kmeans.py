@@ -11,7 +11,6 @@ from tsp_utils.patch_kmeans import PatchKMeans, _contrast_normalised
 from tsp_utils.pretraining.dictionary import _draw_patches, learn_patch_kmeans
 
 SMALL = dict(n_atoms=24, n_features=16, n_patches=4000, n_pca_images=600)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def structured_images(n: int, seed: int = 0) -> np.ndarray:
@@ -71,11 +70,6 @@ def test_patches_are_learned_from_as_they_are_looked_at():
     assert drawn.shape == (40, 108) and len(torch.unique(drawn, dim=0)) > 30
 
 
-def test_an_image_gives_the_same_alone_or_in_a_batch(learned):
-    batch = as_batch(structured_images(5, seed=2))
-    torch.testing.assert_close(learned(batch)[3:4], learned(batch[3:4]), rtol=1e-4, atol=1e-4)
-
-
 def test_save_and_load_keep_the_axes_within_half_a_step(learned, tmp_path):
     learned.save(tmp_path / "network.safetensors")
     loaded = PatchKMeans.load(tmp_path / "network.safetensors")
@@ -97,6 +91,8 @@ def test_learned_features_are_finite_uncorrelated_and_ordered(learned):
     images = structured_images(600)
     features = learned(as_batch(images)).numpy()
     assert features.shape == (600, 16) and np.isfinite(features).all()
+    alone = learned(as_batch(images[3:4])).numpy()
+    np.testing.assert_allclose(alone, features[3:4], rtol=1e-4, atol=1e-4)
     gram = features.T @ features
     norms = np.sqrt(np.diag(gram))
     assert np.abs(gram / np.outer(norms, norms) - np.eye(16)).max() < 0.02
@@ -114,15 +110,11 @@ def test_same_seed_same_network_and_another_seed_another(learned):
     assert not torch.allclose(other.atoms, learned.atoms, atol=1e-2)
 
 
-def test_learning_takes_images_and_no_labels():
+def test_learning_takes_images_and_no_labels_and_refuses_others_in_a_sentence():
     parameters = inspect.signature(learn_patch_kmeans).parameters
     assert next(iter(parameters)) == "images"
     assert not [name for name in parameters if "label" in name or "class" in name or name == "y"]
-    required = [p.name for p in parameters.values() if p.default is p.empty]
-    assert required == ["images"]
-
-
-def test_bad_input_is_refused_in_a_sentence():
+    assert [p.name for p in parameters.values() if p.default is p.empty] == ["images"]
     with pytest.raises(ValueError, match=r"shape \(600, 28, 28, 1\); resize them to 32 px"):
         learn_patch_kmeans(np.zeros((600, 28, 28, 1), np.uint8))
     with pytest.raises(ValueError, match=r"31 images are too few .* at least 32 images"):

@@ -1,21 +1,28 @@
-"""The house: who may import whom, how large it is, and that a wheel holds all of it."""
+"""The house: who may import whom, its size, the wheel that holds it, the lists of its packages."""
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
+
+import tsp_utils
 
 ROOT = Path(__file__).resolve().parent.parent
 # Lines that there may be: lower them where something was deleted. The aim is 1,600 on top and
 # 5,500 in all.
 MOST_ON_TOP, MOST_IN_ALL, MOST_OF_THE_METHOD, MOST_A_FILE = 2_400, 7_500, 910, 300
 METHOD = ("features", "scaling", "neighbors", "k_means", "losses", "heads", "metrics")
+CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch", "matplotlib-base": "matplotlib"}
 
 
 def test_the_doors_are_those_of_pyproject():
@@ -105,3 +112,45 @@ def test_what_wants_a_clone_says_so(installed, command):
     done = outside(installed, "-m", "tsp_utils", command)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "this is an installed package" in done.stderr
+
+
+def declared() -> dict[str, str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = sum(project["optional-dependencies"].values(), project["dependencies"])
+    return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in lines)
+
+
+@pytest.mark.parametrize("file", ["environment.yml", "environment-cpu.yml"])
+def test_conda_environments_name_the_same_packages_and_versions_and_say_why(file):
+    text = (ROOT / file).read_text()
+    entries = yaml.safe_load(text)["dependencies"]
+    conda = dict(re.match(r"([\w-]+)(.*)", entry).groups() for entry in entries)
+    conda.pop("python")
+    assert {CONDA_NAMES.get(name, name): rest for name, rest in conda.items()} == declared()
+    assert file != "environment.yml" or not re.search(r"^  - [^#\n]*>=[^#\n]*$", text, re.M)
+
+
+def test_lock_pins_every_declared_package_for_three_systems_and_names_no_index():
+    lock = (ROOT / "requirements.lock").read_text()
+    pinned = set(re.findall(r"^([\w.-]+)==", lock, re.M))
+    assert {name.lower() for name in declared()} <= {name.lower() for name in pinned}
+    entries = [line for line in lock.splitlines() if not line.lstrip().startswith("#")]
+    assert not re.search(r"://|file:|--index-url|--find-links|@", "\n".join(entries))
+    for marker in ("linux", "win32", "darwin"):
+        assert marker in lock, f"no line of requirements.lock is for {marker}"
+
+
+@pytest.mark.parametrize("module, absent", [("tsp_utils", {"torch", "numpy"}),
+                                            ("tsp_utils.datasets", {"torch"})])
+def test_importing_loads_no_torch(module, absent):
+    code = f"import sys, {module}; sys.exit(bool({absent} & sys.modules.keys()))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_api_page_is_of_these_docstrings_and_every_name_has_one():
+    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert made.PAGE.read_text(encoding="utf-8") == made.page(), "run make api"
+    assert not [name for name in tsp_utils.__all__ if callable(getattr(tsp_utils, name))
+                and not getattr(tsp_utils, name).__doc__]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
@@ -25,9 +26,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(),
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """An empty notebook folder, with a run folder of its own."""
-    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")
+def folder(tmp_path, monkeypatch, own_folders) -> Path:
+    """An empty notebook folder."""
     for name in ("PYTHONPATH", "TSP_DATA", "TSP_CACHE"):  # the runner sets them for its kernels
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     (tmp_path / "notebooks").mkdir()
@@ -183,20 +183,24 @@ def test_what_a_notebook_leaves_no_more_is_removed(folder, papermill):
     figures = run_dir(folder) / "figures"
     figures.mkdir(parents=True)
     (figures / "00_of_the_reader.md").touch()  # left by nobody
-    write(folder, "00_a")
-    papermill.leaves["00_a"], papermill.fails = {"00_old": "", "00_kept": ""}, True
-    with pytest.raises(RuntimeError, match="could not be run"):
-        ran(folder)
-    papermill.leaves["00_a"], papermill.fails = {"00_kept": "", "00_second": ""}, False
-    assert ran(folder) == ["00_a"]
-    assert names(figures) == {"00_kept.md", "00_second.md", "00_of_the_reader.md"}
+    first = write(folder, "00_a").read_text()
+
+    def leaving(*stems, fails=False, **options) -> set[str]:
+        papermill.leaves["00_a"], papermill.fails = dict.fromkeys(stems, ""), fails
+        with pytest.raises(RuntimeError, match="not be run") if fails else nullcontext():
+            assert ran(folder, **options) == ["00_a"]
+        return {name[3:-3] for name in names(figures) - {"00_of_the_reader.md"}}
+
+    leaving("00_old", "00_kept", fails=True)
+    assert leaving("00_kept", "00_second") == {"kept", "second"}
     left = about_of(run_dir(folder) / "00_a.ipynb")["left"]
     assert set(left) == {"figures/00_kept.md", "figures/00_second.md"}
-
-    papermill.leaves["00_a"] = {"00_kept": ""}
-    assert ran(folder, force=True) == ["00_a"]
-    assert names(figures) == {"00_kept.md", "00_of_the_reader.md"}
+    assert leaving("00_kept", force=True) == {"kept"}
     assert names(run_dir(folder)) == {"00_a.ipynb", "figures"}
+    write(folder, "00_a", "1 + 2")
+    leaving("00_kept", "00_other", fails=True)
+    (folder / "00_a.ipynb").write_text(first)  # as in the run before that one, which ended
+    assert leaving("00_kept") == {"kept"} and (figures / "00_of_the_reader.md").exists()
 
 
 def test_what_a_notebook_left_is_made_again_where_it_is_missing_or_changed(folder, papermill):
@@ -206,20 +210,6 @@ def test_what_a_notebook_left_is_made_again_where_it_is_missing_or_changed(folde
     for damage in (lambda: None, file.unlink, lambda: file.write_text("mine")):
         damage()
         assert (ran(folder), ran(folder), file.read_text()) == (["00_a"], [], "text")
-
-
-def test_after_a_run_that_left_something_and_did_not_end_it_runs_again(folder, papermill):
-    """Even where the notebook is again as it was in the run before that: all is as in that one."""
-    first = write(folder, "00_a").read_text()
-    papermill.leaves["00_a"] = {"00_kept": ""}
-    ran(folder)
-    papermill.leaves["00_a"], papermill.fails = {"00_kept": "", "00_other": ""}, True
-    write(folder, "00_a", "1 + 2")
-    with pytest.raises(RuntimeError, match="could not be run"):
-        ran(folder)
-    papermill.leaves["00_a"], papermill.fails = {"00_kept": ""}, False
-    (folder / "00_a.ipynb").write_text(first)
-    assert ran(folder) == ["00_a"] and names(run_dir(folder) / "figures") == {"00_kept.md"}
 
 
 def test_a_reader_runs_again_when_what_it_reads_has_changed(folder, papermill):
@@ -264,9 +254,6 @@ def test_side_by_side_the_longest_begins_and_one_at_a_time_the_first(folder, pap
     assert began[:6] == ["00_a", "01_b", "02_c", "03_d", "04_e", "05_f"]
     assert began[6:10] == ["02_c", "04_e", "01_b", "05_f"]  # 04: at most 30
     assert began[10:] == ["00_a", "03_d"]
-
-
-def test_less_than_one_notebook_at_a_time_is_refused(folder):
     with pytest.raises(ValueError, match="0 notebooks side by side cannot run; pass at least 1"):
         ran(folder, jobs=0)
 
@@ -431,14 +418,11 @@ def said(monkeypatch, capsys, terminal: bool) -> str:
     return capsys.readouterr().out
 
 
-def test_lines_are_few_where_the_output_is_no_terminal(monkeypatch, capsys):
+def test_lines_are_few_and_a_terminal_has_one_that_is_written_again(monkeypatch, capsys):
     assert [" ".join(line.split()) for line in said(monkeypatch, capsys, False).splitlines()] == [
         "00_a starts", "00_a code cell 2 of 9 12 s", "00_a code cell 3 of 9 40 s",
         "00_a code cell 3 of 9 101 s", "01_b starts", "00_a ran 103 s", "01_b ran 3 s",
         "all 105 s"]
-
-
-def test_a_terminal_has_one_line_that_is_written_again(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
     pieces = said(monkeypatch, capsys, terminal=True).split("\r\x1b[K")
     lasting = [piece.split() for piece in pieces if piece.endswith("\n")]
@@ -503,21 +487,14 @@ def test_refresh_writes_outputs_without_traces_of_the_run_which_shape_no_noteboo
 
 
 def test_refresh_is_refused_where_a_notebook_was_not_run_as_it_is(folder, repository, papermill):
-    def refused(name: str) -> bool:
-        before = (folder / f"{name}.ipynb").read_bytes()
+    for name, cell in (("00_a", "1 + 1"), ("01_b", "1 + 1"), ("00_a", "1 + 2")):
+        path = write(folder, name, cell)
+        before = path.read_bytes()
         with pytest.raises(FileNotFoundError, match=rf"^{name}\.ipynb has not been run as it is "
                                                     r"now; run make reproduce first\.$"):
             publish.refresh("tiny")
-        return before == (folder / f"{name}.ipynb").read_bytes()
-
-    write(folder, "00_a")
-    assert refused("00_a")
-    ran(folder)
-    write(folder, "01_b")
-    assert refused("01_b")
-    ran(folder)
-    write(folder, "00_a", "1 + 2")
-    assert refused("00_a")
+        assert path.read_bytes() == before
+        ran(folder)
 
 
 def test_publishing_copies_a_finished_run_and_says_what_is_missing(folder, repository, papermill):

@@ -23,16 +23,12 @@ from tsp_utils.study.feature_sets import FeatureSet, draw_rows, load_vectors
 from tsp_utils.study.profile import Study, load_study
 from tsp_utils.study.training import code_of_heads, run_heads, summarise
 
-pytestmark = [pytest.mark.filterwarnings("ignore:Collapse"),  # a few steps on a few images
-              pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.filterwarnings("ignore:Collapse")  # a few steps on a few images
 PIXELS = "fashion-mnist", "pixels"
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch) -> Study:
-    """The tiny profile, with a cache and a run folder of its own."""
-    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(profile, "runs_dir", lambda: tmp_path / "runs")
+def tiny(own_folders) -> Study:
     return load_study("tiny")
 
 
@@ -71,18 +67,14 @@ def sklearns(x, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in profile.PROFILES.glob("*.yaml")))
-def test_every_profile_is_read(name):
-    study = load_study(name)
+def test_every_profile_is_read_and_settings_that_none_names_are_the_papers(name):
+    study, paper = load_study(name), load_study("paper")
     assert study.profile == study.run_dir.name == name and study.datasets and study.cells()
     assert study.default_backbone in study.backbones
     assert isinstance(study.datasets, tuple) and isinstance(study.backbones, tuple)
-
-
-def test_settings_that_no_profile_names_are_the_papers():
-    study = load_study("paper")
-    assert (study.n_neighbors, study.entropy_weight, study.learning_rate) == (20, 3.0, 1e-4)
-    assert (study.batch_size, study.max_epochs, study.n_seeds) == (256, 100, 10)
-    assert list(study.seeds) == list(range(10)) and study.protocol == "split"
+    assert (paper.n_neighbors, paper.entropy_weight, paper.learning_rate) == (20, 3.0, 1e-4)
+    assert (paper.batch_size, paper.max_epochs, paper.n_seeds) == (256, 100, 10)
+    assert list(paper.seeds) == list(range(10)) and paper.protocol == "split"
 
 
 @pytest.mark.parametrize(("setting", "value", "wanted"), [
@@ -221,6 +213,10 @@ def test_a_run_leaves_a_record_and_is_not_trained_twice(tiny, found, trained):
     assert again.best == first.best and again.curves["loss"].shape == first.curves["loss"].shape
     assert not list(tiny.run_dir.parent.parent.rglob("*.partial"))
 
+    for changes in (dict(umap_points=7), dict(full_seeds=True), dict(default_backbone="x"),
+                    dict(vit_and_resnet=("a", "b")), dict(kmeans_only=("y",))):
+        tiny.train(*PIXELS, **changes)  # settings of maps and of other claims
+    assert len(trained) == 1
     changed = tiny.train(*PIXELS, n_neighbors=5)
     assert len(trained) == 2 and len(records(tiny)) == 2
     assert changed.settings["n_neighbors"] == 5 and tiny.n_neighbors == 20
@@ -272,28 +268,15 @@ def test_changed_features_or_code_train_again_and_changed_scores_do_not(tiny, fo
     assert not np.allclose(after.curves["loss"], before.curves["loss"])
 
 
-def test_settings_of_maps_and_of_other_claims_train_no_head_again(tiny, trained):
-    for changes in ({}, dict(umap_points=7), dict(full_seeds=True), dict(default_backbone="x"),
-                    dict(vit_and_resnet=("a", "b")), dict(kmeans_only=("y",))):
-        tiny.train(*PIXELS, **changes)
-    assert len(trained) == 1
-
-
-def test_n_clusters_is_the_number_of_distinct_labels(tiny, found):
+def test_labels_with_gaps_are_as_many_clusters_and_a_black_first_image_spoils_no_scale(tiny, found):
     """{0, 5, 10, 15} are four classes, and were sixteen clusters."""
-    gaps = replace(found, labels=5 * (found.labels % 4))
-    run = run_heads(tiny, gaps, gaps)
-    assert gaps.n_clusters == run.settings["n_clusters"] == run.centers.shape[1] == 4
-    assert run.head_clusters(found.features).max() <= 3
-
-
-def test_a_damaged_cache_is_trained_again(tiny, trained):
-    first = tiny.train(*PIXELS)
-    for n_trainings, n_bytes in ((2, 200), (3, 0)):  # cut off, and what a power cut leaves
-        for path in Path(os.environ["TSP_CACHE"]).glob("heads/*.npz"):
-            path.write_bytes(path.read_bytes()[:n_bytes])
-        pd.testing.assert_frame_equal(tiny.train(*PIXELS).table, first.table)
-        assert len(trained) == n_trainings
+    features = np.array(found.features)
+    features[0] = 0
+    odd = replace(found, labels=5 * (found.labels % 4), features=features)
+    run = run_heads(tiny, odd, odd)
+    assert odd.n_clusters == run.settings["n_clusters"] == run.centers.shape[1] == 4
+    assert run.head_clusters(features).max() <= 3
+    np.testing.assert_allclose(run.scaled(features), scale_features(features), rtol=1e-5)
 
 
 def test_the_table_is_what_the_clusters_give(tiny, found):
@@ -323,14 +306,6 @@ def test_kmeans_is_scikit_learns_on_the_features_scaled(tiny, found, scaling, by
     np.testing.assert_allclose(run.scaled(found.features), scaled, rtol=1e-4 * (scaling != "raw"))
     for seed, clusters in enumerate(run.kmeans_clusters(found.features)):
         assert (clusters == sklearns(scaled, seed)).mean() > 0.998  # ties in float32
-
-
-def test_a_first_image_that_is_black_does_not_spoil_the_scale(tiny, found):
-    features = np.array(found.features)
-    features[0] = 0
-    black = replace(found, features=features)
-    run = run_heads(tiny, black, black)
-    np.testing.assert_allclose(run.scaled(features), scale_features(features), rtol=1e-5)
 
 
 def test_settings_of_the_ablations_reach_the_head(tiny, found):
