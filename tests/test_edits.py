@@ -9,6 +9,7 @@ from tsp_utils.features import _feature_batches, code_that_sees
 from tsp_utils.k_means import kmeans
 from tsp_utils.scaling import Scaler
 from tsp_utils.study.profile import load_study
+from tsp_utils.study.staleness import _code_called
 from tsp_utils.study.training import code_of_training
 
 EDITS = {
@@ -40,7 +41,7 @@ def reached():
              "heads": code_of_training(load_study())}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keys, "_digest", names_in)
-        notebooks = {path.stem[:2]: keys.code_called_by(code_of(path)) for path in PATHS}
+        notebooks = {path.stem[:2]: _code_called(code_of(path)) for path in PATHS}
     return {kind: names_in(keys._reached(functions, set()))
             for kind, functions in kinds.items()}, notebooks
 
