@@ -13,7 +13,7 @@ VENV_STAMP := .venv/.complete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cpu reproduce paper-mini pretrain-paper test test-quick notebooks refresh figures api links dist bench clean
+.PHONY: help setup setup-cpu reproduce paper-mini paper-vectors pretrain-paper test test-quick notebooks refresh figures api links dist bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ figures: $(VENV_STAMP)  ## copy the figures and tables of a finished run into fi
 
 paper-mini: $(VENV_STAMP)  ## the paper's central row by stages: downloads 255 MB, an hour or two of a laptop's CPU
 	@$(PYTHON) -m tsp_utils paper-mini $(if $(SET),--set $(SET)) $(if $(GO_ON),--go-on)
+
+paper-vectors: $(VENV_STAMP)  ## its vectors as a file to send or to keep (7.7 MB); TRAIN=1: the 50,000 as well
+	@$(PYTHON) -m experiments paper-vectors $(if $(TRAIN),--train)
 
 pretrain-paper: $(VENV_STAMP)  ## pretrain the 224-px arms that the paper's Figs 4b, 6 and 7a need (one GPU)
 	@for arm in $(PRETRAIN_ARMS); do $(PYTHON) -m experiments pretrain $$arm || exit 1; done

@@ -10,7 +10,9 @@ EXPERIMENTS = {
     "pretrain": ("arms", "pretrain_arm", "pretrain one arm of the source ablation by DINO"),
     "bundle": ("what_ships", "bundle_backbone", "put a finished arm into bundled/, with its card"),
     "learn-patches": ("what_ships", "learn_patches", "learn patch_kmeans again from its source"),
-    "bundle-vectors": ("what_ships", "bundle_vectors", "extract the bundled vectors again"),
+    "vectors": ("what_ships", "extract_bundled_vectors", "extract the bundled vectors again"),
+    "paper-vectors": ("what_ships", "export_paper_vectors",
+                      "vectors of the paper's central row, as a file to send or to take in"),
     "dictionary-arms": ("dictionary_arms", "learn_dictionary_arms",
                         "learn and read out the dictionaries of claim C6 (36 minutes)"),
     "finetune": ("finetuning", "run_finetuning", "the fine-tuning of claim C7 (an hour)"),
@@ -37,6 +39,8 @@ def parser() -> argparse.ArgumentParser:
     makers["learn-patches"].add_argument("--seed", type=int, default=0)
     for name in ("dataset", "split", "backbone"):
         makers["extract"].add_argument(name)
+    makers["paper-vectors"].add_argument("--train", action="store_true",
+                                         help="those of the 50,000 training images as well")
     makers["parity"].add_argument("dino", help="folder of a clone of facebookresearch/dino")
     return top
 

@@ -1,5 +1,6 @@
 """Making again what ships in bundled/: the dictionary of patches, the networks, the vectors."""
 
+import datetime
 import hashlib
 import inspect
 import json
@@ -9,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save
 
 from experiments.arms import ARMS, find_arm
 from tsp_utils.backbones import load_backbone, spec_of_recipe
@@ -16,10 +18,12 @@ from tsp_utils.cache import versions
 from tsp_utils.datasets import DATASETS, load_dataset
 from tsp_utils.features import cached_features
 from tsp_utils.neighbors import knn_accuracy
-from tsp_utils.paths import bundled_dir, runs_dir, write_json, write_lines, write_whole
+from tsp_utils.paths import bundled_dir, data_dir, runs_dir, write_json, write_lines, write_whole
 from tsp_utils.pretraining.dictionary import learn_patch_kmeans
-from tsp_utils.study.feature_sets import FeatureSet, save_vectors
+from tsp_utils.study.feature_sets import FeatureSet, vectors_path, vectors_sha256
 from tsp_utils.study.frozen_evaluation import read_out, small_pool_consistency
+from tsp_utils.study.profile import load_study
+from tsp_utils.weights import file_sha256
 
 PRETRAINED = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k", "vit_pico_cpu", "resnet_nano_cpu")
 VECTOR_BACKBONES = ("vit_mini_random", "patch_kmeans", *PRETRAINED)
@@ -132,7 +136,7 @@ def knn_readouts(network) -> dict[str, float]:
     }
 
 
-def bundle_vectors(backbones=VECTOR_BACKBONES) -> list[Path]:
+def extract_bundled_vectors(backbones=VECTOR_BACKBONES) -> list[Path]:
     """Write the fp16 vectors of CIFAR-10's test images, and of C5's 500 images in domain.
 
     Of Fashion-MNIST, whose images ship, those of the two transformers: a processor with bf16
@@ -147,3 +151,31 @@ def bundle_vectors(backbones=VECTOR_BACKBONES) -> list[Path]:
                                     cached_features(load_backbone(name), images),
                                     images.labels, images.classes))
             for name, images in pairs]
+
+
+def save_vectors(found: FeatureSet, path: Path | None = None, **card: str) -> Path:
+    """Write a feature set in the bundle's format: fp16 features, uint8 labels, its card."""
+    path = path or vectors_path(found.dataset, found.backbone, found.split)
+    features, labels = found.features.astype(np.float16), found.labels.astype(np.uint8)
+    card |= {"classes": json.dumps(found.classes), "dataset": found.dataset, "split": found.split,
+             "backbone": found.backbone, "sha256": vectors_sha256(features, labels)}
+    content = save({"features": features, "labels": labels}, card)
+    write_whole(path, lambda file: file.write(content))
+    return path
+
+
+def export_paper_vectors(train: bool = False) -> list[Path]:
+    """The vectors that `make paper-mini` extracted, a file a split, for `bundle-vectors`.
+
+    What is not in the cache is extracted. The card says what made them: `Backbone.describe`, the
+    SHA-256 of the file of weights, versions and date.
+    """
+    study = load_study("paper-mini")
+    dataset, network = study.datasets[0], load_backbone(study.default_backbone)
+    card = {"network": json.dumps(network.describe()), "versions": json.dumps(versions()),
+            "weights_sha256": file_sha256(data_dir() / "weights" / network.spec.file),
+            "date": datetime.date.today().isoformat()}
+    folder = study.run_dir / "vectors"
+    return [save_vectors(study.features(dataset, network.name, split),
+                         folder / vectors_path(dataset, network.name, split).name, **card)
+            for split in ("test", "train")[:1 + train]]

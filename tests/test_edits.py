@@ -8,6 +8,7 @@ from tsp_utils.features import _feature_batches, code_that_sees
 from tsp_utils.k_means import kmeans
 from tsp_utils.scaling import Scaler
 from tsp_utils.study.profile import load_study
+from tsp_utils.study.staleness import _code_called
 from tsp_utils.study.training import code_of_training
 
 EDITS = {
@@ -38,7 +39,7 @@ def test_the_table_of_edits_is_what_is_reached(monkeypatch):
                  "heads": code_of_training(load_study())}
     kinds = {kind: names_in(keys._reached(given, set())) for kind, given in functions.items()}
     monkeypatch.setattr(keys, "_digest", names_in)
-    notebooks = {path.stem[:2]: keys.code_called_by(code_of(path)) for path in PATHS}
+    notebooks = {path.stem[:2]: _code_called(code_of(path)) for path in PATHS}
     lines = []
     for edit, name in EDITS.items():
         old = ["yes" if name in names else "" for names in kinds.values()]

@@ -1,6 +1,7 @@
-"""The profile `paper` end to end on stand-ins: official formats, a few images, random weights.
+"""`paper` end to end, and the first lessons under `paper-mini`, on stand-ins in official formats.
 
-Its numbers mean nothing; that it runs, what it writes and how it ends do.
+A few images of colours and noise, random weights: their numbers mean nothing; that they run, what
+they write and how they end do.
 """
 
 import os
@@ -40,8 +41,8 @@ def write_images(folder, n_classes: int, size: int, rng) -> None:
 
 
 @pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
-    """The finished run: its folder, and the process that made it."""
+def environment(tmp_path_factory):
+    """Of a process that finds the stand-ins, and a cache of its own."""
     root, rng = tmp_path_factory.mktemp("paper"), np.random.default_rng(0)
     for name, (n_classes, size) in SETS.items():
         for split in ("train", "test"):
@@ -50,7 +51,12 @@ def rehearsal(tmp_path_factory):
     for file, architecture in WEIGHTS.items():
         torch.save(timm.create_model(architecture, num_classes=0).state_dict(),
                    root / "data" / "weights" / file)
-    environment = os.environ | {"TSP_DATA": str(root / "data"), "TSP_CACHE": str(root / "cache")}
+    return os.environ | {"TSP_DATA": str(root / "data"), "TSP_CACHE": str(root / "cache")}
+
+
+@pytest.fixture(scope="module")
+def rehearsal(environment):
+    """The finished run: its folder, and the process that made it."""
     done = subprocess.run(
         [sys.executable, "-m", "tsp_utils", "reproduce", "--profile", "paper", "--set", *SMALL],
         cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
@@ -79,3 +85,23 @@ def test_the_tables_have_the_papers_rows_and_the_ledger_its_scope(rehearsal):
     assert list(claims.columns) == list(COLUMNS) and list(claims["id"]) == [c.id for c in CLAIMS]
     own = claims["id"].isin(["C0", "C1", "C3", "C8", "C9", "C10", "C12"])
     assert set(claims.loc[own, "scope"]) == {"same claim"}
+
+
+def test_the_first_lessons_run_under_paper_mini(environment, tmp_path):
+    """01 to 03, as they are offered in Colab; features and heads are those that `paper` left."""
+    for path in notebook_paths()[1:4]:
+        shutil.copy(path, tmp_path)
+    profile = " ".join(["paper-mini", *SMALL])
+    folder = load_study(profile).run_dir
+    run = ("import sys, pathlib; from tsp_utils.study.runner import reproduce\n"
+           "print(*(step.what for step in reproduce(sys.argv[1], True, pathlib.Path(sys.argv[2]))"
+           " if step.ended))")
+    try:
+        done = subprocess.run([sys.executable, "-c", run, profile, str(tmp_path)], cwd=REPOSITORY,
+                              env=environment, capture_output=True, text=True, check=False)
+        assert done.stdout == "ran ran ran\n", done.stderr[-3000:]
+        table = pd.read_csv(folder / "figures" / "03_table1.csv")
+        assert set(table["backbone"]) == {"dino_vits16"} and set(table["protocol"]) == {"split"}
+        assert len(list((folder / "claims").glob("03_C0_*"))) == 2
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

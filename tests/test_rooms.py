@@ -1,6 +1,8 @@
 """The house: who may import whom, its size, the wheel that holds it, the lists of its packages."""
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -14,8 +16,10 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.numpy import save_file
 
 import tsp_utils
+from tsp_utils.datasets import DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Lines that there may be: lower them where something was deleted. The aim is 1,600 on top and
@@ -105,6 +109,26 @@ def test_an_installed_package_serves_a_folder_and_an_estimator(installed):
             and Path(cache).is_relative_to(installed / "home") and Path(cache).is_dir()), done
     made = {path.name for path in installed.iterdir()} - {"site", "home", "photos", "clusters"}
     assert all(name.endswith((".whl", ".tar.gz")) for name in made)
+
+
+def test_an_installed_package_takes_vectors_in_and_keeps_evidence(installed):
+    """In the user's own folder, and without the notebooks: as in Colab."""
+    x, y = np.ones((10_000, 384), np.float16), np.repeat(np.arange(10, dtype=np.uint8), 1000)
+    card = {"dataset": "cifar10", "split": "test", "backbone": "dino_vits16",
+            "classes": json.dumps(DATASETS["cifar10"].classes), "weights_sha256": "0f" * 32,
+            "sha256": hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()}
+    save_file({"features": x, "labels": y}, installed / "sent.safetensors", card)
+    done = outside(installed, "-m", "tsp_utils", "bundle-vectors", "sent.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[0]).is_relative_to(installed / "home")
+    code = ("import tsp_utils as t; study = t.load_study()\n"
+            "cell = t.Evidence('C2', 'a cell', '', '', 'all', 1, 0, acc=(1.0, 2.0))\n"
+            "t.save_evidence(study, '02', [cell])\n"
+            "print(study.backbone_for('cifar10'), *t.read_evidence(study)[0].acc)")
+    done = outside(installed, "-c", code)
+    assert done.stdout == "dino_vits16 1.0 2.0\n", done
+    (installed / "sent.safetensors").unlink()
+    shutil.rmtree(installed / "runs")
 
 
 @pytest.mark.parametrize("command", ["refresh", "reproduce", "figures"])

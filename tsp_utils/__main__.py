@@ -37,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
                          help="default 3; lower it where clusters should differ in size")
     cluster.add_argument("--seed", type=int, default=0, help="another one starts anew")
     cluster.add_argument("--force", action="store_true", help="replace results that are there")
+    vectors = commands.add_parser("bundle-vectors", help="take in a file of make paper-vectors")
+    vectors.set_defaults(do=take_in)
+    vectors.add_argument("file", help="features, labels and their card; it is checked, and copied")
     copy = commands.add_parser("figures", help="copy a finished run's figures into figures/")
     copy.set_defaults(do=copy_figures)
     copy.add_argument("--profile", default="offline")
@@ -48,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments) -> int:
     args = parser().parse_args(arguments)
     from tsp_utils.paths import IS_CLONE
-    if not IS_CLONE and args.command != "cluster":
+    if not IS_CLONE and args.command not in ("cluster", "bundle-vectors"):
         raise OSError(f"{args.command} works on the notebooks and records of a clone, and this is "
                       f"an installed package; clone the repository and run it there.")
 
@@ -88,6 +91,14 @@ def cluster_images(args) -> None:
                          force=args.force, seed=args.seed, n_neighbors=args.n_neighbors,
                          entropy_weight=args.entropy_weight)
     print(f"{out / 'clusters.csv'}\n{out / 'report.html'}")
+
+
+def take_in(args) -> None:
+    from tsp_utils.study.feature_sets import take_in_vectors
+    path, card = take_in_vectors(args.file)
+    print(f"{path}\n{card['dataset']} {card['split']} under {card['backbone']}, SHA-256 of the "
+          f"weights {card['weights_sha256'][:16]}; offline's lessons on head, K and start use the "
+          f"test images' from now on, until the file is deleted")
 
 
 def refresh_notebooks(args) -> None:

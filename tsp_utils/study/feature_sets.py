@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from tsp_utils.paths import bundled_dir, data_dir
+from tsp_utils.paths import IS_CLONE, bundled_dir, data_dir, write_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +35,13 @@ class FeatureSet:
 
 
 def vectors_path(dataset: str, backbone: str, split: str = "test") -> Path:
-    """Where the bundled vectors of a data set's images under a backbone are."""
-    return bundled_dir() / "vectors" / f"{dataset}_{split}_{backbone}.safetensors"
+    """Where the bundled vectors of a data set's images under a backbone are.
+
+    Of an installed package, which nobody writes into, what was taken in is with the user's data.
+    """
+    name = f"{dataset}_{split}_{backbone}.safetensors"
+    shipped = bundled_dir() / "vectors" / name
+    return shipped if IS_CLONE or shipped.exists() else data_dir() / "vectors" / name
 
 
 def load_vectors(dataset: str, backbone: str, split: str = "test") -> FeatureSet:
@@ -52,17 +58,67 @@ def load_vectors(dataset: str, backbone: str, split: str = "test") -> FeatureSet
                           tuple(json.loads(file.metadata()["classes"])))
 
 
-def save_vectors(found: FeatureSet) -> Path:
-    """Write a feature set as bundled vectors: fp16 features, uint8 labels, its provenance."""
-    from safetensors.numpy import save_file
+def vectors_sha256(features: np.ndarray, labels: np.ndarray) -> str:
+    """Hex SHA-256 of features and labels as they are stored."""
+    return hashlib.sha256(features.tobytes() + labels.tobytes()).hexdigest()
 
-    path = vectors_path(found.dataset, found.backbone, found.split)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"features": found.features.astype(np.float16),
-               "labels": found.labels.astype(np.uint8)}, path,
-              {"classes": json.dumps(found.classes), "dataset": found.dataset,
-               "split": found.split, "backbone": found.backbone})
-    return path
+
+def take_in_vectors(file: str | Path) -> tuple[Path, dict[str, str]]:
+    """Put a file of `make paper-vectors` where `load_vectors` looks; its path there and its card.
+
+    Raises ValueError for a file that is damaged or not what its card says, FileExistsError where
+    other vectors are in its place.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        content = Path(file).read_bytes()
+        with safe_open(file, "np") as opened:
+            card = opened.metadata() or {}
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        card, arrays = {}, None
+    fault = next(_faults(arrays, card), None)
+    if fault is not None:
+        raise ValueError(f"{file} is not taken in: {fault}; make paper-vectors writes one that is.")
+    path = vectors_path(card["dataset"], card["backbone"], card["split"])
+    if path.exists() and path.read_bytes() != content:
+        raise FileExistsError(f"{path} holds other vectors; delete it to take in {file}.")
+    write_whole(path, lambda out: out.write(content))
+    return path, card
+
+
+def _faults(arrays: dict[str, np.ndarray] | None, card: dict[str, str]):
+    """What is wrong with vectors from elsewhere: the first is what the others rely on."""
+    from tsp_utils.backbones import BACKBONES
+    from tsp_utils.datasets import DATASETS
+
+    if arrays is None:
+        yield "it is missing, cut off, or no safetensors file"
+    dataset, split, backbone = (card.get(key, "") for key in ("dataset", "split", "backbone"))
+    if dataset not in DATASETS or split not in DATASETS[dataset].splits:
+        yield f"its card names the data set {dataset!r}, split {split!r}, which is not known"
+    if backbone not in BACKBONES or BACKBONES[backbone].source != "url":
+        yield f"its card names the backbone {backbone!r}, which is none of the paper's networks"
+    info = DATASETS[dataset]
+    n, n_classes, dim = info.splits[split], info.n_classes, BACKBONES[backbone].dim
+    due = {"features": f"float16 {[n, dim]}", "labels": f"uint8 {[n]}"}
+    held = {name: f"{array.dtype} {list(array.shape)}" for name, array in sorted(arrays.items())}
+    if held != due:
+        yield f"it holds {held} where {due} is due"
+    features, labels = arrays["features"], arrays["labels"]
+    lengths = np.linalg.norm(features.astype(np.float32), axis=1)
+    good = np.isfinite(lengths) & (lengths > 0)
+    if not good.all():
+        yield f"row {np.argmin(good)} of its features is zero or not finite"
+    if (np.bincount(labels, minlength=n_classes) != n // n_classes).any():
+        yield f"its labels are not {n // n_classes:,} of each class from 0 to {n_classes - 1}"
+    if card.get("classes") != json.dumps(info.classes):
+        yield "its card does not name the classes of its data set in their order"
+    if card.get("sha256") != vectors_sha256(features, labels):
+        yield "its vectors are not those whose SHA-256 its card has"
+    if not re.fullmatch("[0-9a-f]{64}", card.get("weights_sha256", "")):
+        yield "its card lacks the SHA-256 of the file of weights"
 
 
 @lru_cache(maxsize=4)

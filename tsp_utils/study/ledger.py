@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from tsp_utils.paths import IS_CLONE
 from tsp_utils.study import staleness
 from tsp_utils.study.claims import CLAIMS, Claim, claim_of
 from tsp_utils.study.verdicts import Verdict, decide, decide_equivalence, holm, t_interval
@@ -115,6 +116,8 @@ def read_evidence(study, claims: Sequence[Claim] = CLAIMS) -> list[Evidence]:
 
 def _stamp(study, notebook: str) -> dict:
     """What evidence depends on: the settings, and the hash by which the notebook is run again."""
+    if not IS_CLONE:  # a notebook in Colab, say, that nobody runs again by its hash
+        return {"study": repr(study), "notebook": None}
     path = next(iter(staleness.NOTEBOOKS.glob(f"{notebook}_*.ipynb")), None)
     if path is None:
         raise ValueError(f"There is no notebook {notebook} in {staleness.NOTEBOOKS}; pass the "

@@ -33,6 +33,7 @@ WITH_IMAGES = ("fashion-mnist",)  # sets whose test images ship, whatever vector
 
 # The types of settings, each with what to pass in words.
 Name = Annotated[str, Field(min_length=1, description="a name")]
+NameOrNone = Annotated[str | None, Field(min_length=1, description="a name or null")]
 AnyNames = Annotated[
     tuple[Name, ...], Field(strict=False, description="names, with commas between")]
 Names = Annotated[AnyNames, Field(min_length=1)]
@@ -79,6 +80,7 @@ class Settings:
     source_and_target: Names = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k")  # of C6
     full_seeds: Switch = False  # verdicts with the seeds that docs/rules.md asks for, not n_seeds
     umap_points: Count = 2000  # points of a map, chosen once by seed
+    lesson_backbone: NameOrNone = None  # in the default's place in 03 to 05, once taken in
 
 
 class Study(Settings):
@@ -109,8 +111,14 @@ class Study(Settings):
 
     def cells(self) -> list[tuple[str, str]]:
         """The (dataset, backbone) pairs of the study; bundled vectors exist for networks only."""
-        return [(dataset, backbone) for dataset in self.datasets for backbone in self.backbones
+        return [(dataset, backbone) for dataset in self.datasets
+                for backbone in dict.fromkeys((*self.backbones, self.backbone_for(dataset)))
                 if not self.uses_vectors(dataset) or vectors_path(dataset, backbone).exists()]
+
+    def backbone_for(self, dataset: str) -> str:
+        """The backbone of the lessons on head, K and start: the default, or vectors taken in."""
+        other = self.lesson_backbone if self.uses_vectors(dataset) else None
+        return other if other and vectors_path(dataset, other).exists() else self.default_backbone
 
     def head_cells(self) -> list[tuple[str, str]]:
         """The cells whose heads are trained for Table 1."""
@@ -126,13 +134,13 @@ class Study(Settings):
 
         Raises ValueError for another split than test of a target that is there as vectors only.
         """
-        if self.uses_vectors(dataset) or (self.bundled_vectors and split == "test" and
-                                          vectors_path(dataset, backbone).exists()):
-            if split != "test":
+        bundled = vectors_path(dataset, backbone, split).exists()
+        if self.uses_vectors(dataset) or (self.bundled_vectors and bundled):
+            if split != "test" and not bundled:
                 raise ValueError(f"Of {dataset} only the test images' vectors are bundled, and "
                                  f"split {split!r} is asked for; pass protocol=all, or "
                                  f"bundled_vectors=false to extract from the images.")
-            found = load_vectors(dataset, backbone)
+            found = load_vectors(dataset, backbone, split)
             rows = spread_rows(len(found.labels), self.n_images)
             return replace(found, features=found.features[rows], labels=found.labels[rows])
         return extract(backbone, self.images(dataset, split))
@@ -210,6 +218,8 @@ def load_study(profile: str = "offline") -> Study:
     settings = _read_yaml(path.read_text(), path.name) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{path.name} is not a list of settings; write lines of KEY: VALUE.")
+    if any(override.startswith(("backbones=", "default_backbone=")) for override in overrides):
+        settings.pop("lesson_backbone", None)  # whoever chooses means the lessons, too
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:

@@ -147,7 +147,7 @@ def settings_of(study, fit: FeatureSet) -> dict:
     """A study's settings that concern one feature set, and what the set is, as JSON values."""
     of_the_profile = ("profile", "datasets", "backbones", "default_backbone", "bundled_vectors",
                       "umap_points", "n_fit", "full_seeds", "vit_and_resnet", "larger_and_smaller",
-                      "source_and_target", "kmeans_only")
+                      "source_and_target", "kmeans_only", "lesson_backbone")
     return {key: value for key, value in asdict(study).items() if key not in of_the_profile} | dict(
         dataset=fit.dataset, backbone=fit.backbone, n_clusters=fit.n_clusters, n=len(fit.labels),
         dim=fit.features.shape[1], fit=fit.fingerprint)
