@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 from torchvision.transforms.v2 import functional as TF2
 
-from tsp_utils import backbones
+from tsp_utils import backbones, weights
 from tsp_utils.backbones import BACKBONES, Backbone, BackboneSpec, load_backbone
 
 MINI = dict(img_size=32, patch_size=4, num_classes=0)  # vit_mini_random's options, written again
@@ -201,6 +201,20 @@ def test_a_download_is_kept_only_when_it_is_whole(weights_dir, monkeypatch):
     refused(ValueError, "is not the file that was downloaded: delete it", None, "dino_resnet50")
 
 
+def test_ctrl_c_at_the_end_of_a_download_leaves_no_file_without_its_hash(weights_dir, monkeypatch):
+    def stop(path):
+        raise KeyboardInterrupt
+
+    state = timm.create_model("resnet50", num_classes=0).state_dict()
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda _, path: torch.save(state, path))
+    with monkeypatch.context() as planted, pytest.raises(KeyboardInterrupt):
+        planted.setattr(weights, "file_sha256", stop)
+        load_backbone("dino_resnet50", "cpu")
+    assert list(weights_dir.iterdir()) == []
+    load_backbone("dino_resnet50", "cpu")
+    assert len(list(weights_dir.iterdir())) == 2
+
+
 def test_the_table_agrees_with_timm_and_with_the_published_figures():
     for name in ("dino_vits16", "dino_vitb16"):
         spec = BACKBONES[name]
@@ -307,6 +321,13 @@ def test_bfloat16_agrees_with_float32_where_the_cpu_gains_from_it():
     assert got.dtype == torch.float32 and not torch.equal(got, due)
     centre = due.mean(0)  # what all images share would hide a difference
     assert torch.cosine_similarity(got - centre, due - centre).mean() > 0.99
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation or has_bf16)
+    assert backbones.gains_from_bf16(torch.device("cuda")) is has_bf16
 
 
 @pytest.mark.parametrize("name, options, said", [

@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from benchmarks import bench
+from benchmarks import bench, paper_mini
+from tsp_utils.datasets import load_dataset
 from tsp_utils.neighbors import nearest_neighbors
 from tsp_utils.scaling import scale_features
 
@@ -33,3 +34,18 @@ def test_the_plain_way_draws_a_sample_and_one_of_its_neighbours():
     mine, other = bench.Pairs(features, neighbors)[7]
     assert np.array_equal(mine, features[7])
     assert any(np.array_equal(other, features[j]) for j in neighbors.indices[7])
+
+
+@pytest.mark.parametrize("name", paper_mini.TRAINED)
+def test_bfloat16_changes_little_of_a_trained_network(name):
+    images = load_dataset("fashion-mnist")
+    found = paper_mini.bf16_against_float32(name, images.subset(slice(300)),
+                                            images.subset(slice(300, 500)))
+    assert 0 < found["mean"] <= found["largest"] < 5 and found["same"] > 95
+    assert abs(found["knn"]) <= 2 and abs(found["consistency"]) <= 1 and found["knn_float32"] > 40
+
+
+def test_a_speed_is_said_of_each_network_and_type():
+    (float32, bfloat16) = paper_mini.speeds({"dino_vits16": 1}, rounds=1)
+    assert "| float32 |" in float32 and "| bfloat16 |" in bfloat16
+    assert all(0 < float(cell) < 1000 for cell in float32.split(" | ")[2:4])

@@ -30,9 +30,9 @@ def failure(monkeypatch):
     def of(*arguments) -> str:
         monkeypatch.setattr(sys, "argv", ["tsp_utils", *arguments])
         monkeypatch.delitem(sys.modules, "tsp_utils.__main__", raising=False)
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as left:
             runpy.run_module("tsp_utils", run_name="__main__")
-        return left.value.code
+        return getattr(left.value, "code", left.value)  # Ctrl-C would end pytest
 
     return of
 
@@ -72,6 +72,17 @@ def test_what_is_no_command_is_refused(parse, arguments, capsys):
     with pytest.raises(SystemExit) as left:
         parse().parse_args(arguments)
     assert left.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (MemoryError("no"), None)])
+def test_ctrl_c_and_too_little_memory_are_one_sentence(failure, monkeypatch, capsys, error, status):
+    def stops(*_, **__):
+        raise error
+
+    monkeypatch.setattr("tsp_utils.study.runner.reproduce", stops)
+    code = failure("reproduce")
+    assert code == (status or "error: no")
+    assert capsys.readouterr().err.count("\n") == bool(status)
 
 
 def test_reproduce_passes_its_arguments_on_reports_and_fails_in_one_sentence(failure, monkeypatch,

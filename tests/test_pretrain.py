@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -242,13 +243,20 @@ def test_neither_a_full_disk_nor_a_run_that_diverges_harms_the_last_checkpoint(
     save_run(run, path)
     before = path.read_bytes()
 
-    def full(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
+    save, written = torch.save, []
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="with some space left"):
-        patched.setattr(torch, "save", full)
+    def full(block):  # the system's error, which torch.save covers with one of its own
+        written.append(len(block))
+        if sum(written) > 10_000:
+            raise OSError(28, "No space left on device")
+        return len(block)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=(
+            r"cannot be written \(No space left on device\); .* with some space left")):
+        patched.setattr(torch, "save", lambda state, _: save(state, SimpleNamespace(
+            write=full, flush=lambda: None)))
         save_run(run, path)
+    assert sum(written) > 10_000
     next(run.student.parameters()).data[0] = math.nan
     with pytest.raises(RuntimeError, match="run diverged: after 0 images"):
         save_run(run, path)

@@ -81,7 +81,8 @@ def central_row(args) -> int:
         verdict = {True: "pass", False: "DEPARTS", None: "for the record"}[gate.passed]
         print(f"{gate.stage}: {verdict} ({gate.seconds:.0f} s)\n  expected  {gate.expected}\n"
               f"  came      {gate.came}\n  means     {gate.means}", flush=True)
-    print(f"every stage: runs/{run_folder(args)}/paper_mini.json")
+    print(f"runs/{run_folder(args)}/paper_mini.json has every stage, docs/paper_mini.md what each "
+          f"means{'; GO_ON=1 (--go-on) goes past a departure' * departs}")
     return 3 if departs else 0
 
 
@@ -164,10 +165,12 @@ def console() -> None:
     try:
         sys.exit(main(sys.argv[1:]))
     except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}; make setup installs what is needed, and .venv/bin/python runs "
-                 f"it.")
-    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"error: {error}; make setup installs what is needed into .venv.")
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped: what was finished is kept; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -59,10 +59,11 @@ def write_whole(path: Path, write) -> None:
             made = True
             write(file)
         partial.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save's own has the system's behind it
+        why = getattr(error.__context__ or error, "strerror", error)
         elsewhere = ", or point TSP_CACHE to another folder" if cache_dir() in path.parents else ""
-        raise OSError(f"{path.parent} cannot be written ({error.strerror}); make it writable, with "
-                      f"some space left{elsewhere}.") from error
+        raise OSError(f"{path.parent} cannot be written ({why}); make it writable, with some space "
+                      f"left{elsewhere}.") from error
     finally:
         if made:
             with contextlib.suppress(OSError):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
-from tsp_utils.paths import bundled_dir, data_dir
+from tsp_utils.paths import bundled_dir, data_dir, write_whole
 
 INIT_SEED = 0  # of every freshly made network, so that the untrained one is the same everywhere
 
@@ -126,8 +126,9 @@ def _download(spec: BackboneSpec, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(spec.url, str(partial))
         _read_state(partial)  # a connection that broke off leaves a torn file and no error
-        os.replace(partial, path)
-        path.with_name(f"{path.name}.sha256").write_text(file_sha256(path))  # none is published
+        write_whole(path.with_name(f"{path.name}.sha256"),
+                    lambda file: file.write(file_sha256(partial).encode()))
+        os.replace(partial, path)  # after its hash: nobody publishes one, the first is kept
     except Exception as error:
         raise _download_error(spec, error) from error
     finally:
@@ -142,8 +143,8 @@ def file_sha256(path: Path) -> str:
 
 def _download_error(spec: BackboneSpec, error: Exception) -> ConnectionError:
     return ConnectionError(
-        f"the weights of {spec.name} could not be downloaded ({_brief(error)}): fetch {spec.url} "
-        f"where there is a network and put it at {data_dir() / 'weights' / spec.file}")
+        f"the weights of {spec.name} could not be downloaded ({_brief(error)}): check the "
+        f"network and the free space, or put {spec.url} at {data_dir() / 'weights' / spec.file}")
 
 
 def _load_strictly(model: nn.Module, path: Path, spec: BackboneSpec) -> nn.Module:

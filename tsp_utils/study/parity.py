@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tsp_utils.backbones import BACKBONES, Backbone, load_backbone
-from tsp_utils.paths import bundled_dir
+from tsp_utils.paths import bundled_dir, write_whole
 
 NETWORKS = ("dino_vits16", "dino_vitb16", "dino_resnet50")
 SIDES = (32, 96, 224)  # px of the images, which are enlarged to 224
@@ -46,7 +46,7 @@ def seeded_backbone(name: str, device: str = "cpu") -> Backbone:
     template = timm.create_model(BACKBONES[name].architecture, num_classes=0).state_dict()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / BACKBONES[name].file
-        torch.save(seeded_state(template), path)
+        write_whole(path, lambda file: torch.save(seeded_state(template), file))
         return load_backbone(name, device, path, "float32")
 
 
