@@ -10,6 +10,8 @@ EXPERIMENTS = {
     "pretrain": ("arms", "pretrain_arm", "pretrain one arm of the source ablation by DINO"),
     "bundle": ("what_ships", "bundle_backbone", "put a finished arm into bundled/, with its card"),
     "learn-patches": ("what_ships", "learn_patches", "learn patch_kmeans again from its source"),
+    "learn-invariant": ("what_ships", "learn_invariant",
+                        "learn invariant_patches again from its source (half an hour)"),
     "bundle-vectors": ("what_ships", "bundle_vectors", "extract the bundled vectors again"),
     "dictionary-arms": ("dictionary_arms", "learn_dictionary_arms",
                         "learn and read out the dictionaries of claim C6 (36 minutes)"),
@@ -30,9 +32,10 @@ def parser() -> argparse.ArgumentParser:
         makers[name].add_argument("name", metavar="arm", help="of experiments.arms.ARMS")
     makers["pretrain"].add_argument("--out", default=None, dest="out_dir",
                                     help="folder; default: runs/pretrain/ARM")
-    makers["learn-patches"].add_argument("--out", default=None,
-                                         help="file to write; default: the bundled one")
-    makers["learn-patches"].add_argument("--seed", type=int, default=0)
+    for name in ("learn-patches", "learn-invariant"):
+        makers[name].add_argument("--out", default=None,
+                                  help="file to write; default: the bundled one")
+        makers[name].add_argument("--seed", type=int, default=0)
     makers["parity"].add_argument("dino", help="folder of a clone of facebookresearch/dino")
     return top
 
