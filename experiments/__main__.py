@@ -13,6 +13,8 @@ EXPERIMENTS = {
     "vectors": ("what_ships", "extract_bundled_vectors", "extract the bundled vectors again"),
     "paper-vectors": ("what_ships", "export_paper_vectors",
                       "vectors of the paper's central row, as a file to send or to take in"),
+    "learn-invariant": ("what_ships", "learn_invariant",
+                        "learn invariant_patches again from its source (half an hour)"),
     "dictionary-arms": ("dictionary_arms", "learn_dictionary_arms",
                         "learn and read out the dictionaries of claim C6 (36 minutes)"),
     "finetune": ("finetuning", "run_finetuning", "the fine-tuning of claim C7 (an hour)"),
@@ -34,9 +36,10 @@ def parser() -> argparse.ArgumentParser:
         makers[name].add_argument("name", metavar="arm", help="of experiments.arms.ARMS")
     makers["pretrain"].add_argument("--out", default=None, dest="out_dir",
                                     help="folder; default: runs/pretrain/ARM")
-    makers["learn-patches"].add_argument("--out", default=None,
-                                         help="file to write; default: the bundled one")
-    makers["learn-patches"].add_argument("--seed", type=int, default=0)
+    for name in ("learn-patches", "learn-invariant"):
+        makers[name].add_argument("--out", default=None,
+                                  help="file to write; default: the bundled one")
+        makers[name].add_argument("--seed", type=int, default=0)
     for name in ("dataset", "split", "backbone"):
         makers["extract"].add_argument(name)
     makers["paper-vectors"].add_argument("--train", action="store_true",

@@ -1,9 +1,10 @@
-"""Making again what ships in bundled/: the dictionary of patches, the networks, the vectors."""
+"""Making again what ships in bundled/: the dictionaries of patches, the networks, the vectors."""
 
 import datetime
 import hashlib
 import inspect
 import json
+import logging
 import os
 import time
 from dataclasses import asdict
@@ -20,13 +21,16 @@ from tsp_utils.features import cached_features
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.paths import bundled_dir, data_dir, runs_dir, write_json, write_lines, write_whole
 from tsp_utils.pretraining.dictionary import learn_patch_kmeans
+from tsp_utils.pretraining.invariant import learn_invariant_patches
 from tsp_utils.study.feature_sets import FeatureSet, vectors_path, vectors_sha256
 from tsp_utils.study.frozen_evaluation import read_out, small_pool_consistency
 from tsp_utils.study.profile import load_study
 from tsp_utils.weights import file_sha256
 
+logger = logging.getLogger(__name__)
+
 PRETRAINED = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k", "vit_pico_cpu", "resnet_nano_cpu")
-VECTOR_BACKBONES = ("vit_mini_random", "patch_kmeans", *PRETRAINED)
+VECTOR_BACKBONES = ("vit_mini_random", "patch_kmeans", "invariant_patches", *PRETRAINED)
 FASHION_BACKBONES = ("vit_mini_random", "vit_nano_cpu")
 MOST_BYTES = 16_000_000  # of one network that ships
 C5_CLASSES = range(0, 200, 20)  # of Tiny-ImageNet, in the order of their names; 50 images each
@@ -37,26 +41,70 @@ def learn_patches(out: str | None = None, seed: int = 0) -> Path:
 
     Needs tinyimagenet32 as an image folder; minutes on two cores. Returns the path of the weights.
     """
-    path = Path(out) if out else bundled_dir() / "patch_kmeans.safetensors"
+    defaults = inspect.signature(learn_patch_kmeans).parameters
+
+    def learn(images):
+        network = learn_patch_kmeans(images, seed=seed)
+        return network, {
+            "method": "Coates, Lee and Ng (2011): K-means over whitened 6x6 patches, no labels, no "
+                      "gradients; triangle activation, four quadrants, PCA",
+            "atoms": len(network.atoms), "patches": defaults["n_patches"].default,
+            "dim": network.axes.shape[1], "pca_images": defaults["n_pca_images"].default,
+            "seed": seed}
+
+    return _learn_with_card("patch_kmeans", out, learn)
+
+
+def learn_invariant(out: str | None = None, seed: int = 0) -> Path:
+    """Learn invariant_patches from Tiny-ImageNet's train split and write it with its card.
+
+    Needs tinyimagenet32 as an image folder; half an hour on two cores. Returns the path of the
+    weights.
+    """
+    defaults = inspect.signature(learn_invariant_patches).parameters
+
+    def learn(images):
+        seconds, start = {}, (time.perf_counter(), time.process_time())
+
+        def note(stage):
+            seconds[stage] = round(time.perf_counter() - start[0] - sum(seconds.values()), 1)
+            logger.info("%s: %.1f s", stage, seconds[stage])
+
+        network = learn_invariant_patches(images, seed=seed, on_stage=note)
+        return network, {
+            "method": "Fisher's discriminant with every image as its own class and its augmented "
+                      "views as samples, on soft-thresholded products with K-means atoms of "
+                      "whitened patches, no labels, no gradients; 3 x 3 overlapping cells, square "
+                      "root",
+            "sizes": network.sizes, "atoms": defaults["n_atoms"].default,
+            "patches": defaults["n_patches"].default, "dim": network.axes.shape[1],
+            **{name: defaults[name].default for name in ("n_views", "reg", "power")},
+            "seed": seed, "seconds": seconds,
+            "cpu_minutes": round((time.process_time() - start[1]) / 60, 1)}
+
+    return _learn_with_card("invariant_patches", out, learn)
+
+
+def _learn_with_card(name: str, out: str | None, learn) -> Path:
+    """Write the network that `learn` makes of the source's images, and its card beside it.
+
+    learn: images uint8 [N, 32, 32, 3] -> the network, and what the card says of it.
+    """
+    path = Path(out) if out else bundled_dir() / f"{name}.safetensors"
     learned = path.with_name(f".{path.name}.new")  # takes its place when its card is known
     path.parent.mkdir(parents=True, exist_ok=True)  # before the minutes, not after
     source = load_dataset("tinyimagenet32", "train")
     start = time.perf_counter()
-    network = learn_patch_kmeans(source.images, seed=seed)
+    network, about = learn(source.images)
+    minutes = round((time.perf_counter() - start) / 60, 1)
     network.save(learned)
-    defaults = inspect.signature(learn_patch_kmeans).parameters
     card = {
-        "name": "patch_kmeans",
-        "method": "Coates, Lee and Ng (2011): K-means over whitened 6x6 patches, no labels, no "
-                  "gradients; triangle activation, four quadrants, PCA",
+        "name": name,
         "source": "tinyimagenet32, train split, 32 px JPEG (ImageNet's terms: research only)",
-        "n_source_images": len(source), "source_sha256": source.fingerprint,
-        "atoms": len(network.atoms), "patches": defaults["n_patches"].default,
-        "dim": network.axes.shape[1], "pca_images": defaults["n_pca_images"].default, "seed": seed,
-        "minutes": round((time.perf_counter() - start) / 60, 1),
-        "hardware": f"{os.cpu_count()} CPU cores",
+        "n_source_images": len(source), "source_sha256": source.fingerprint, **about,
+        "minutes": minutes, "hardware": f"{os.cpu_count()} CPU cores",
         "sha256": hashlib.sha256(learned.read_bytes()).hexdigest(), "versions": versions(),
-        "knn": knn_readouts(load_backbone("patch_kmeans", checkpoint=learned)),
+        "knn": knn_readouts(load_backbone(name, checkpoint=learned)),
     }
     write_json(path.with_suffix(".json"), card, indent=1)
     learned.replace(path)

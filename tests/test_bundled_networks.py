@@ -21,7 +21,8 @@ from tsp_utils.paths import REPOSITORY, bundled_dir, data_dir
 from tsp_utils.study.feature_sets import load_vectors
 
 each = pytest.mark.parametrize("name", PRETRAINED)
-with_the_dictionary = pytest.mark.parametrize("name", ["patch_kmeans", *PRETRAINED])
+OF_PATCHES = {"patch_kmeans": 2_000_000, "invariant_patches": 3_600_000}  # most bytes
+with_the_dictionaries = pytest.mark.parametrize("name", [*OF_PATCHES, *PRETRAINED])
 random_images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), np.uint8)
 
 
@@ -47,18 +48,27 @@ def checked_card(path, n_figures) -> dict:
     return written
 
 
-@with_the_dictionary
+@with_the_dictionaries
 def test_the_file_is_small_and_the_one_on_its_card(name):
-    path, dictionary = bundled_dir() / f"{name}.safetensors", name == "patch_kmeans"
-    written = checked_card(path, n_figures=2 if dictionary else 3)
-    assert path.stat().st_size < (2_000_000 if dictionary else 16_000_000)
-    assert sum(p.stat().st_size for p in bundled_dir().rglob("*.safetensors")) < 60_000_000
+    path = bundled_dir() / f"{name}.safetensors"
+    checked_card(path, n_figures=2 if name in OF_PATCHES else 3)
+    assert path.stat().st_size < OF_PATCHES.get(name, 16_000_000)
     network = load_backbone(name, device="cpu")
     assert network(random_images[:2]).shape == (2, network.spec.dim)
-    if dictionary:
+    if name == "patch_kmeans":
+        written = card(name)
         assert network.model.atoms.shape == (written["atoms"], 108)
         assert network.spec.dim == written["dim"]
         assert written["knn"]["cifar10, train to test"] >= 64
+
+
+def test_the_projection_that_ships_has_the_settings_of_its_card_and_a_figure_that_serves():
+    written, network = card("invariant_patches"), load_backbone("invariant_patches", device="cpu")
+    assert network.model.sizes == written["sizes"]
+    assert network.model.filters_8.shape == (written["atoms"], 192)
+    assert network.model.axes.shape == (9 * 2 * written["atoms"], written["dim"])
+    assert written["knn"]["cifar10, train to test"] >= 71
+    assert sum(written["seconds"].values()) <= 60 * written["minutes"] + 6
 
 
 @each
@@ -72,13 +82,18 @@ def test_the_card_is_of_the_arm_in_the_table(name):
     assert written["minutes"] > 0 and written["hardware"] and written["code_sha256"]
 
 
-@with_the_dictionary
+def test_what_ships_stays_small():
+    sizes = [path.stat().st_size for path in bundled_dir().rglob("*.safetensors")]
+    assert sum(sizes) < 60_000_000
+
+
+@with_the_dictionaries
 def test_fashion_mnist_figure_of_the_card(name):
     images = load_dataset("fashion-mnist", "test")
     features = cached_features(load_backbone(name, "cpu"), images, progress=False)
     found = 100 * knn_accuracy(features, images.labels)
     assert found == pytest.approx(card(name)["knn"]["fashion-mnist test, leave-one-out"],
-                                  abs=0.1 if name == "patch_kmeans" else 0.5)
+                                  abs=0.1 if name in OF_PATCHES else 0.5)
 
 
 @functools.cache
@@ -216,12 +231,16 @@ def test_an_unfinished_arm_is_not_bundled(monkeypatch, tmp_path):
         bundle_backbone("vit_nano")
 
 
-def test_a_dictionary_learned_again_takes_its_place_with_its_card(monkeypatch, tmp_path,
-                                                                  own_folders):
-    small = functools.partial(what_ships.learn_patch_kmeans, n_atoms=16, n_features=8,
-                              n_patches=2000, n_pca_images=200)
-    monkeypatch.setattr(what_ships, "learn_patch_kmeans", small)
+@pytest.mark.parametrize(("experiment", "function", "settings"), [
+    ("learn_patches", "learn_patch_kmeans", dict(n_pca_images=200)),
+    ("learn_invariant", "learn_invariant_patches", dict(n_views=2))])
+def test_a_dictionary_learned_again_takes_its_place_with_its_card(
+        experiment, function, settings, monkeypatch, tmp_path, own_folders):
+    small = functools.partial(getattr(what_ships, function), n_atoms=16, n_features=8,
+                              n_patches=2000, **settings)
+    monkeypatch.setattr(what_ships, function, small)
     monkeypatch.setattr(what_ships, "load_dataset", images_of)
-    path = what_ships.learn_patches(tmp_path / "dictionary" / "patches.safetensors")
-    assert checked_card(path, n_figures=2)["atoms"] == 16
+    path = getattr(what_ships, experiment)(tmp_path / "dictionary" / "patches.safetensors")
+    written = checked_card(path, n_figures=2)
+    assert written["atoms"] == 16 and written["dim"] == 8 and written["n_source_images"] == 300
     assert sorted(p.name for p in path.parent.iterdir()) == ["patches.json", "patches.safetensors"]

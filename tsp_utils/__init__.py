@@ -12,7 +12,9 @@ _HOME = {
     "features": ["cached_features", "extract_features"],
     "scaling": ["Scaler", "scale_features"],
     "patch_kmeans": ["PatchKMeans"],
+    "invariant_patches": ["InvariantPatches"],
     "pretraining.dictionary": ["learn_patch_kmeans"],
+    "pretraining.invariant": ["learn_invariant_patches"],
     "neighbors": [
         "Neighbors", "nearest_neighbors", "neighbor_weights", "neighbor_perplexity",
         "label_consistency", "knn_accuracy",

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tsp_utils.devices import find_device, gains_from_bf16
 from tsp_utils.paths import bundled_dir, runs_dir
 from tsp_utils.unknown_names import unknown
-from tsp_utils.weights import BackboneSpec, load_model, state_sha256
+from tsp_utils.weights import OF_PATCHES, BackboneSpec, load_model, state_sha256
 
 _OFFICIAL = "https://dl.fbaipublicfiles.com/dino"
 _NANO_CPU = dict(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, global_pool="avg")
@@ -26,6 +26,10 @@ BACKBONES: dict[str, BackboneSpec] = {spec.name: spec for spec in (
     BackboneSpec("patch_kmeans", "patch_kmeans", {}, "bundled", "patch_kmeans.safetensors",
                  input_size=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), dim=256,
                  note="Coates, Lee and Ng 2011, learned from Tiny-ImageNet's patches"),
+    BackboneSpec("invariant_patches", "invariant_patches", {}, "bundled",
+                 "invariant_patches.safetensors", input_size=32, mean=(0.0, 0.0, 0.0),
+                 std=(1.0, 1.0, 1.0), dim=256,
+                 note="patches, projected on what augmented views have in common"),
     BackboneSpec("vit_nano_cpu", "vit_tiny_patch16_224", _NANO_CPU, "bundled",
                  "vit_nano_cpu.safetensors", input_size=32, dim=128,
                  note="our own DINO on Tiny-ImageNet, on two CPU cores"),
@@ -168,7 +172,7 @@ def load_backbone(name: str | BackboneSpec, device: str = "auto",
     place = torch.device(find_device(device, mps=True))
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"unknown dtype {dtype!r}: pass auto, float32 or bfloat16")
-    own = spec.architecture in ("pixels", "patch_kmeans")
+    own = spec.architecture in ("pixels", *OF_PATCHES)
     if dtype == "auto":
         dtype = "bfloat16" if not own and gains_from_bf16(place) else "float32"
     if own and dtype != "float32":

@@ -18,10 +18,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
+from tsp_utils.invariant_patches import InvariantPatches
+from tsp_utils.patch_kmeans import PatchKMeans
 from tsp_utils.paths import bundled_dir, data_dir, write_whole
 
 INIT_SEED = 0  # of every freshly made network, so that the untrained one is the same everywhere
 
+# Networks of our own without gradients, and the experiment that learns each.
+OF_PATCHES = {"patch_kmeans": "learn-patches", "invariant_patches": "learn-invariant"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -30,7 +34,7 @@ class BackboneSpec:
     """One row of the table: what to build, where its weights are, how images are prepared."""
 
     name: str
-    architecture: str  # timm's name, or our own: pixels, patch_kmeans
+    architecture: str  # timm's name, or our own: pixels, one of OF_PATCHES
     options: Mapping = field(default_factory=dict)  # further arguments of timm.create_model
     source: str = "none"  # of the weights: none, random, bundled, url, timm
     file: str = ""  # official file name; bundled, or looked for in TSP_DATA/weights first
@@ -58,13 +62,14 @@ def load_model(spec: BackboneSpec, checkpoint=None) -> nn.Module:
     if path is not None and not path.is_file():
         raise FileNotFoundError(f"the weights {path} of {spec.name} are not there: pass "
                                 "checkpoint= with the path of a file")
-    if spec.architecture == "patch_kmeans":
-        from tsp_utils.patch_kmeans import PatchKMeans
+    if spec.architecture in OF_PATCHES:
+        network = PatchKMeans if spec.architecture == "patch_kmeans" else InvariantPatches
         try:
-            return PatchKMeans.load(path)
+            return network.load(path)
         except Exception as error:
             raise ValueError(f"{path} is not a dictionary of patches ({_brief(error)}): learn it "
-                             "again with python -m experiments learn-patches") from error
+                             f"again with python -m experiments {OF_PATCHES[spec.architecture]}"
+                             ) from error
     if path is not None:
         return _load_strictly(_create(spec), path, spec)
     return _create(spec, pretrained=spec.source == "timm")
