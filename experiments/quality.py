@@ -29,8 +29,8 @@ SETTINGS = {
     "uniform weights": {"weighting": "uniform"}, "lambda = 0": {"entropy_weight": 0.0},
 }
 ON_EVERY_RUNG = list(SETTINGS)[:2]
-BACKBONES = ("pixels", "patch_kmeans", "invariant_patches", "vit_nano_cpu", "resnet_nano_cpu", "vit_pico_cpu",
-             "vit_nano_cpu_cifar10_4k", "vit_mini_random")
+BACKBONES = ("pixels", "patch_kmeans", "invariant_patches", "vit_nano_cpu", "resnet_nano_cpu",
+             "vit_pico_cpu", "vit_nano_cpu_cifar10_4k", "vit_mini_random")
 FIRST_CLASSES = (3, 5)  # subsets of Fashion-MNIST: the task is easier and the features the same
 SIMULATED_ON = (("cifar10", "patch_kmeans"), ("fashion-mnist", "patch_kmeans"))
 
