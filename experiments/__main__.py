@@ -19,6 +19,8 @@ EXPERIMENTS = {
     "parity": ("official_parity", "official_features",
                "features of the paper's networks by the official code, from seeded weights"),
     "heads": ("heads", "run_heads_compared", "every head, ten seeds (an hour)"),
+    "official-rivals": ("official_rivals", "official_rivals",
+                        "SCAN's and TEMI's published training code beside ours"),
 }
 
 
@@ -34,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
                                          help="file to write; default: the bundled one")
     makers["learn-patches"].add_argument("--seed", type=int, default=0)
     makers["parity"].add_argument("dino", help="folder of a clone of facebookresearch/dino")
+    makers["official-rivals"].add_argument("folder", help="folder of two clones, scan and temi")
     return top
 
 
