@@ -25,6 +25,8 @@ EXPERIMENTS = {
                "features of the paper's networks by the official code, from seeded weights"),
     "heads": ("heads", "run_heads_compared", "every head, ten seeds (an hour)"),
     "quality": ("quality", "climb", "what a head adds on every rung of feature quality"),
+    "official-rivals": ("official_rivals", "official_rivals",
+                        "SCAN's and TEMI's published training code beside ours"),
 }
 
 
@@ -45,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     makers["paper-vectors"].add_argument("--train", action="store_true",
                                          help="those of the 50,000 training images as well")
     makers["parity"].add_argument("dino", help="folder of a clone of facebookresearch/dino")
+    makers["official-rivals"].add_argument("folder", help="folder of two clones, scan and temi")
     return top
 
 

@@ -1,10 +1,15 @@
 """Each rival's loss against a plain float64 reference, its trainer against the core's."""
 
+import json
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, softmax
+from scipy.stats import ttest_ind
 from sklearn.datasets import make_blobs
 from sklearn.metrics import mutual_info_score
 
@@ -216,3 +221,30 @@ def test_bad_input():
         train_rival("skan", FEATURES, NEIGHBORS, CENTERS, [0, 1])
     with pytest.raises(ValueError, match="batch of 4 is smaller than the 5 clusters"):
         train_rival("scan", FEATURES, NEIGHBORS, CENTERS, [0, 1], batch_size=4)
+
+
+def test_the_page_of_the_published_code_is_its_record():
+    docs = Path(__file__).parent.parent / "docs"
+    page, record = ((docs / f"official_rivals.{kind}").read_text() for kind in ("md", "json"))
+    record = json.loads(record)
+    assert all(commit in page for commit in record["commits"].values())
+    assert max(record["losses_apart"].values()) < 1e-5
+    rows = pd.DataFrame(record["rows"])
+    ours = rows[rows["arm"] == "ours"].set_index(["dataset", "backbone", "system"])
+    arms = rows.groupby(["dataset", "backbone", "system", "arm"])
+    for (*where, system, arm), found in arms:
+        beside = ours.loc[(*where, system)].query("seed in @found.seed")
+        found = found.query("seed in @beside.seed")
+        acc, beside, n = found["acc"], beside["acc"], len(found)
+        cells = [", ".join(where), system, arm, str(n), f"{found['loss'].mean():.3f}",
+                 f"{acc.mean():.2f}", f"{acc.mean() - beside.mean():+.2f}"]
+        if n > 1:
+            cells[4] += f" +- {found['loss'].std():.3f}"
+            cells[5] += f" +- {acc.std():.2f}"
+            low, high = ttest_ind(acc, beside, equal_var=False).confidence_interval()
+            cells[6] += f" ({low:+.2f} to {high:+.2f})"
+        if arm == "ours":
+            cells[6] = ""
+        cells.append(f"{found['same'].mean():.1f}" if "start" in arm else "")
+        assert f"| {' | '.join(cells)} |" in page
+    assert page.count("\n| cifar10") + page.count("\n| fashion-mnist") == len(arms)
