@@ -74,7 +74,7 @@ def test_merged_classes_are_those_that_are_the_largest_of_no_cluster():
 def test_a_rung_is_read_out_as_by_other_code(tmp_path, monkeypatch):
     monkeypatch.setenv("TSP_CACHE", str(tmp_path))
     monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path)
-    found = rungs.moved(blobs(), 0.0)
+    found = rungs.moved(blobs(noise=1.0), 0.0)
     study = replace(tsp.load_study("tiny"), n_seeds=3, max_epochs=0, min_steps=200,
                     batch_size=100, learning_rate=1e-2)
     read = rungs.read_rung(study, found)
