@@ -16,7 +16,7 @@ from experiments.what_ships import C5_CLASSES, PRETRAINED, VECTOR_BACKBONES, bun
 from tsp_utils.backbones import BACKBONES, load_backbone
 from tsp_utils.datasets import ImageDataset, load_dataset
 from tsp_utils.features import cached_features
-from tsp_utils.neighbors import knn_accuracy
+from tsp_utils.neighbors import knn_accuracy, label_consistency, nearest_neighbors
 from tsp_utils.paths import REPOSITORY, bundled_dir, data_dir
 from tsp_utils.study.feature_sets import load_vectors
 
@@ -151,7 +151,14 @@ def test_the_page_of_the_search_is_its_record():
     tried = [f"| {t['best']['knn']:.2f} | {t['best']['cons']:.2f} |" for t in record["trials"]]
     ended = [f"| {f['knn']:.1f} | {f['cons']:.1f} | {f['acc']:.1f} +- {f['acc_sd']:.1f} |"
              for f in record["finals"]]
-    assert len(tried) == 23 and len(ended) == 4 and all(row in page for row in tried + ended)
+    ships = [f"| {r['knn']:.2f} | {r['cons']:.1f} | {r['km'][0]:.1f} +- {r['km'][1]:.1f} | "
+             f"{r['head'][0]:.1f} +- {r['head'][1]:.1f} |" for r in record["library"]]
+    assert (len(tried), len(ended), len(ships)) == (23, 4, 3)
+    assert all(row in page for row in tried + ended + ships)
+    assert record["library"][0]["knn"] == card("invariant_patches")["knn"]["cifar10, train to test"]
+    vectors = load_vectors("cifar10", "invariant_patches")
+    found = label_consistency(nearest_neighbors(vectors.features, 20), vectors.labels)[-1]
+    assert 100 * found == pytest.approx(record["library"][0]["cons"], abs=0.01)
 
 
 @pytest.mark.parametrize("name", VECTOR_BACKBONES)
