@@ -56,7 +56,7 @@ refresh: reproduce  ## run the notebooks and put their outputs into notebooks/
 figures: $(VENV_STAMP)  ## copy the figures and tables of a finished run into figures/
 	@$(PYTHON) -m tsp_utils figures --profile $(PROFILE)
 
-paper-mini: $(VENV_STAMP)  ## the paper's central row by stages: downloads 255 MB, an hour or two of a laptop's CPU
+paper-mini: $(VENV_STAMP)  ## the paper's central row by stages: downloads 255 MB, an hour or two on a CPU
 	@$(PYTHON) -m tsp_utils paper-mini $(if $(SET),--set $(SET)) $(if $(GO_ON),--go-on)
 
 paper-vectors: $(VENV_STAMP)  ## its vectors as a file to send or to keep (7.7 MB); TRAIN=1: the 50,000 as well
