@@ -300,7 +300,7 @@ def test_two_processes_at_once_extract_once(tmp_path):
     both = [start(SLOWLY, tmp_path) for _ in range(2)]
     ends = [process.communicate(timeout=120) for process in both]
     assert sorted(out.strip() for out, _ in ends) == ["0", "400"], ends
-    made_again(tmp_path, images_of(400), 0)
+    np.testing.assert_array_equal(kept(tmp_path, images_of(400))[0], plainly(images_of(400)))
 
 
 MEMORY = """

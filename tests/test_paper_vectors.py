@@ -164,7 +164,7 @@ def test_a_disk_that_fills_up_leaves_nothing_in_the_bundle(bundle, blobs, tmp_pa
 def test_what_is_exported_is_taken_in(bundle, tmp_path, monkeypatch):
     """From stand-ins for images and weights, through the command, into `offline`."""
     names = DATASETS["cifar10"].classes
-    monkeypatch.setitem(DATASETS, "cifar10", DatasetInfo({"train": 40, "test": 20}, 10, "", names))
+    monkeypatch.setitem(DATASETS, "cifar10", DatasetInfo({"train": 40, "test": 20}, "", names))
     for i in range(60):
         path = (tmp_path / "data" / "cifar10" / ("test" if i < 20 else "train") / names[i % 10]
                 / f"{i}.png")

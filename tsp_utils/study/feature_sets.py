@@ -101,7 +101,8 @@ def _faults(arrays: dict[str, np.ndarray] | None, card: dict[str, str]):
     if backbone not in BACKBONES or BACKBONES[backbone].source != "url":
         yield f"its card names the backbone {backbone!r}, which is none of the paper's networks"
     info = DATASETS[dataset]
-    n, n_classes, dim = info.splits[split], info.n_classes, BACKBONES[backbone].dim
+    n, dim = info.splits[split], BACKBONES[backbone].dim
+    n_classes = max(1, len(info.classes))
     due = {"features": f"float16 {[n, dim]}", "labels": f"uint8 {[n]}"}
     held = {name: f"{array.dtype} {list(array.shape)}" for name, array in sorted(arrays.items())}
     if held != due:
