@@ -14,7 +14,7 @@ EXPERIMENTS = {
     "paper-vectors": ("what_ships", "export_paper_vectors",
                       "vectors of the paper's central row, as a file to send or to take in"),
     "learn-invariant": ("what_ships", "learn_invariant",
-                        "learn invariant_patches again from its source (half an hour)"),
+                        "learn invariant_patches again from its source (20 minutes of a core)"),
     "dictionary-arms": ("dictionary_arms", "learn_dictionary_arms",
                         "learn and read out the dictionaries of claim C6 (36 minutes)"),
     "finetune": ("finetuning", "run_finetuning", "the fine-tuning of claim C7 (an hour)"),

@@ -57,8 +57,7 @@ def climb(n_seeds: int = 10) -> Path:
     for name, changes in SETTINGS.items():
         study = replace(load_study("offline"), profile="quality", n_seeds=n_seeds, **changes)
         for kind, found in ladder:
-            lessons = found.backbone.endswith(SIMULATED_ON[0][1]) and (
-                found.dataset == SIMULATED_ON[0][0])
+            lessons = found.dataset == "cifar10" and found.backbone.endswith("patch_kmeans")
             everywhere = not changes or (name == "rate 1e-3" and kind == "real")
             if not (lessons or everywhere):
                 continue

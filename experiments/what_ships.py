@@ -58,8 +58,8 @@ def learn_patches(out: str | None = None, seed: int = 0) -> Path:
 def learn_invariant(out: str | None = None, seed: int = 0) -> Path:
     """Learn invariant_patches from Tiny-ImageNet's train split and write it with its card.
 
-    Needs tinyimagenet32 as an image folder; half an hour on two cores. Returns the path of the
-    weights.
+    Needs tinyimagenet32 as an image folder; 20 minutes of processor time. Returns the path of
+    the weights.
     """
     defaults = inspect.signature(learn_invariant_patches).parameters
 

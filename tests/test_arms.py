@@ -20,6 +20,7 @@ from experiments.arms import ARMS, Arm, arm_images, find_arm, gflop_per_image, p
 from experiments.dictionary_arms import DICTIONARY_ARMS, learn_dictionary_arms
 from tsp_utils.backbones import BackboneSpec
 from tsp_utils.datasets import ImageDataset
+from tsp_utils.paths import shipped_records
 from tsp_utils.pretraining.dino import Dino, DinoRecipe, schedule
 from tsp_utils.study.feature_sets import FeatureSet
 from tsp_utils.study.frozen_evaluation import balanced_rows, read_out, small_pool_consistency
@@ -279,3 +280,8 @@ def test_small_pools_are_balanced_and_their_consistency_is_scikit_learns():
     shares, pool = small_pool_consistency(found), made_of(found.features[rows], found.labels[rows])
     assert shares[4] == pytest.approx(same_labels_by_scikit_learn(pool, 20), abs=0.01)
     assert small_pool_consistency(pool) == pytest.approx([shares[4]])
+
+
+def test_the_dictionaries_that_ship_are_of_the_code_that_is_here():
+    assert {record["code"] for record in shipped_records("dictionaries")} == {
+        dictionary_arms.code_of_the_arms()}

@@ -169,3 +169,5 @@ def test_the_records_that_ship_are_of_these_sources_and_complete():
         assert found.count(tuple(cell)) == n_seeds
     assert all([e["epoch"] for e in r["epochs"]] == [0, 1, 2, 3] for r in records)
     assert finetuning_map.N_SEEDS == 5
+    assert {record["code"] for record in shipped_records("finetuning")} == {
+        finetuning_runs.code_of_the_runs()}

@@ -21,7 +21,6 @@ from tsp_utils.pretraining.invariant import (
 
 SMALL = dict(n_atoms=12, n_features=16, n_patches=6000)
 IMAGES = structured_images(600)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +203,14 @@ def test_weights_of_another_network_are_refused_with_the_command_that_learns_the
         load_backbone("invariant_patches", "cpu", tmp_path / "torn.safetensors")
     with pytest.raises(ValueError, match="computed in float32 only"):
         load_backbone("invariant_patches", "cpu", dtype="bfloat16")
+
+
+def test_sizes_in_any_order_are_the_same_network_once_saved(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    learned = learn_invariant_patches(images, n_atoms=4, sizes=(10, 4), n_features=4,
+                                      n_patches=400, n_views=2)
+    learned.save(tmp_path / "network.safetensors")
+    again = InvariantPatches.load(tmp_path / "network.safetensors")
+    x = torch.from_numpy(images[:5]).permute(0, 3, 1, 2) / 255
+    assert again.sizes == learned.sizes == [4, 10]
+    torch.testing.assert_close(again(x), learned(x), rtol=0, atol=0.02)  # half precision

@@ -29,8 +29,7 @@ STAGES = ["weights", "forward parity", "features", "k-NN", "label consistency", 
 SMALL = ["n_seeds=4", "max_epochs=1", "min_steps=5", "batch_size=32"]
 N_IMAGES = {"train": 45, "test": 42}  # of three colours
 ROW = "dino_vits16"
-pytestmark = [pytest.mark.usefixtures("one_thread"),
-              pytest.mark.filterwarnings("ignore:Collapse", "ignore:Number of distinct")]
+pytestmark = pytest.mark.filterwarnings("ignore:Collapse", "ignore:Number of distinct")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,6 @@ import torch
 from tsp_utils.study import parity
 from tsp_utils.study.parity import NETWORKS, SIDES, TOLERANCE, departure, seeded_backbone
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def vit():

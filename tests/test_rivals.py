@@ -18,8 +18,6 @@ from tsp_utils.scaling import scale_features
 from tsp_utils.systems.other_losses import Step
 from tsp_utils.systems.rivals import RIVALS, CosineHeads, DECHeads, train_rival
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 S, C, B, D = 2, 4, 12, 6
 RNG = np.random.default_rng(0)
 X, Y = RNG.standard_normal((2, S, B, D))

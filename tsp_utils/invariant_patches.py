@@ -86,6 +86,7 @@ class InvariantPatches(nn.Module):
     def load(cls, path) -> "InvariantPatches":
         """Read what `save` wrote."""
         state = load_file(path)
-        filters, offsets = ([state[key] for key in sorted(state) if key.startswith(name)]
+        sizes = sorted(int(key.removeprefix("filters_")) for key in state if "filters" in key)
+        filters, offsets = ([state[f"{name}_{size}"] for size in sizes]
                             for name in ("filters", "offsets"))
         return cls(filters, offsets, state["axes"])

@@ -13,6 +13,16 @@ from tsp_utils.patch_kmeans import CONTRAST, GRID, PATCH, SIDE, WHITENING, Patch
 logger = logging.getLogger(__name__)
 
 
+def check_source(images, n_features: int) -> None:
+    """Raises ValueError for images that are not [N, 32, 32, 3], or fewer than twice n_features."""
+    if images.ndim != 4 or images.shape[1:] != (SIDE, SIDE, 3):
+        raise ValueError(f"Dictionaries are learned from images [N, 32, 32, 3], and these have the "
+                         f"shape {tuple(images.shape)}; resize them to 32 px first.")
+    if len(images) < 2 * n_features:
+        raise ValueError(f"{len(images)} images are too few for {n_features} features; pass at "
+                         f"least {2 * n_features} images or a smaller n_features.")
+
+
 @torch.inference_mode()
 def learn_patch_kmeans(images, n_atoms=1536, n_features=256, n_patches=400_000,
                        n_pca_images=10_000, seed=0) -> PatchKMeans:
@@ -22,12 +32,7 @@ def learn_patch_kmeans(images, n_atoms=1536, n_features=256, n_patches=400_000,
     of them than the PCA needs. Axes of the PCA are scaled by singular value to the power -1/2,
     half way between PCA (1) and whitening (0 in relative scale).
     """
-    if images.ndim != 4 or images.shape[1:] != (SIDE, SIDE, 3):
-        raise ValueError(f"The dictionary is learned from images [N, 32, 32, 3], and these have "
-                         f"the shape {tuple(images.shape)}; resize them to 32 px first.")
-    if len(images) < 2 * n_features:
-        raise ValueError(f"{len(images)} images are too few for a PCA to {n_features} features; "
-                         f"pass at least {2 * n_features} images or a smaller n_features.")
+    check_source(images, n_features)
     rng = np.random.default_rng(seed)
     patches = _draw_patches(images, n_patches, rng)  # [n_patches, 108]
     mean = patches.mean(0)

@@ -15,6 +15,7 @@ from scipy.sparse.linalg import eigsh
 from tqdm.auto import tqdm
 
 from tsp_utils.invariant_patches import SIDE, InvariantPatches, normalised_patches
+from tsp_utils.pretraining.dictionary import check_source
 from tsp_utils.pretraining.multi_crop import random_colors, random_crops
 
 WHITENING, THRESHOLD = 1.0, 0.5
@@ -31,18 +32,13 @@ def learn_invariant_patches(images, n_atoms=358, sizes=(4, 8), n_features=256, n
     stage that is done. Raises ValueError for images of another shape or of single colours, for
     fewer than twice n_features, and for views that do not differ.
     """
-    if images.ndim != 4 or images.shape[1:] != (SIDE, SIDE, 3):
-        raise ValueError(f"The projection is learned from images [N, 32, 32, 3], and these have "
-                         f"the shape {tuple(images.shape)}; resize them to 32 px first.")
-    if len(images) < 2 * n_features:
-        raise ValueError(f"{len(images)} images are too few for {n_features} features; pass at "
-                         f"least {2 * n_features} images or a smaller n_features.")
+    check_source(images, n_features)
     if n_views < 2:
         raise ValueError(f"n_views is {n_views}: pass at least 2, the image and one that differs.")
     done = on_stage or (lambda stage: None)
     generator = torch.Generator().manual_seed(seed)
     filters, offsets = zip(*(_learn_dictionary(images, size, n_atoms, n_patches, generator)
-                             for size in sizes), strict=True)
+                             for size in sorted(sizes)), strict=True)  # as a file is read
     done("dictionaries")
     network = InvariantPatches(filters, offsets, axes=torch.zeros(1, 1))
     s_b, s_w = between_within(_activations_of_views(network, images, n_views, generator))

@@ -138,7 +138,8 @@ def ledger(cells: Sequence[Evidence], claims: Sequence[Claim] = CLAIMS) -> pd.Da
     rows = []
     for claim in claims:
         own = [cell for cell in cells if cell.claim == claim.id]
-        first = own[0] if own else Evidence(claim.id, *[""] * 4, 0, 0, unmet=claim.unmeasured)
+        first = own[0] if own else Evidence(
+            claim.id, "", "", "", "", 0, 0, unmet=claim.unmeasured)
         rows.append(_row(first, claim.combine(own) if own else first.verdict))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 

@@ -58,9 +58,10 @@ def paper_mini(overrides: str = "", go_on: bool = False) -> Iterator[Gate]:
         start = time.perf_counter()
         gate = stage(study, dataset, backbone)
         gates.append(replace(gate, seconds=round(time.perf_counter() - start, 1)))
-        write_json(study.run_dir / "paper_mini.json", dict(
-            profile=study.profile, gates=list(map(asdict, gates)), versions=versions(), machine=
-            platform.platform(), device=find_device(), hardware=hardware(find_device())), indent=1)
+        write_json(study.run_dir / "paper_mini.json", {
+            "profile": study.profile, "gates": [asdict(gate) for gate in gates],
+            "versions": versions(), "machine": platform.platform(), "device": find_device(),
+            "hardware": hardware(find_device())}, indent=1)
         yield gates[-1]
         if gate.passed is False and not go_on:
             return
