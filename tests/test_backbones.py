@@ -103,13 +103,13 @@ def refused(kind, said, path, name="vit_mini_random", device="cpu", dtype="auto"
 
 @pytest.mark.parametrize("content, said", [
     (lambda state: {key: value for key, value in state.items() if "blocks.3" not in key},
-     r"Missing key\(s\) .*blocks\.3\.norm1\.weight\", .* \.\.\."),
+     r"missing blocks\.3\.norm1\.weight, .*, .* and 9 more"),
     (lambda state: {**state, "mask_token": torch.zeros(1), "extra": torch.zeros(1)},
-     r'Unexpected key\(s\) .*"mask_token", "extra"'),
+     r"unexpected mask_token, extra;"),
     (lambda state: {**state, "pos_embed": torch.zeros(1, 197, 192)},
-     r"pos_embed: .*\[1, 197, 192\]\) from checkpoint, the shape in .*\[1, 65, 192\]"),
+     r"misshapen pos_embed \[1, 197, 192\] for \[1, 65, 192\]"),
     (lambda _: timm.create_model("resnet18", num_classes=0).state_dict(),
-     r"does not fit vit_mini_random \(vit_tiny.*Missing key\(s\) .*cls_t"),
+     r"does not fit vit_mini_random \(vit_tiny.*missing cls_t"),
     (lambda state: {"teacher": state, "args": pathlib.PurePosixPath("x")},
      r"pickles a pathlib\.PurePosixPath"),
     (lambda state: {"model": state}, "holds no state dict"),

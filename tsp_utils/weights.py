@@ -159,12 +159,16 @@ def _load_strictly(model: nn.Module, path: Path, spec: BackboneSpec) -> nn.Modul
     heads = ("head", *((classifier,) if isinstance(classifier, str) else classifier))
     state = {key: value for key, value in state.items()
              if key in due or not key.startswith(tuple(f"{head}." for head in heads))}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:  # torch names what is missing, unexpected or of another shape
-        said = textwrap.shorten(str(error).partition("\n")[2], 300, placeholder=" ...")
-        raise ValueError(f"{path} does not fit {spec.name} ({spec.architecture}): {said} Pass a "
-                         f"checkpoint of this architecture") from None
+    misshapen = [f"{key} {list(state[key].shape)} for {list(due[key].shape)}"
+                 for key in due if key in state and state[key].shape != due[key].shape]
+    wrong = [f"{what} {', '.join(keys[:3])}" + f" and {len(keys) - 3} more" * (len(keys) > 3)
+             for what, keys in (("missing", [key for key in due if key not in state]),
+                                ("unexpected", [key for key in state if key not in due]),
+                                ("misshapen", misshapen)) if keys]
+    if wrong:
+        raise ValueError(f"{path} does not fit {spec.name} ({spec.architecture}): "
+                         f"{'; '.join(wrong)}; pass a checkpoint of this architecture")
+    model.load_state_dict(state)
     return model
 
 
