@@ -25,6 +25,11 @@ from tsp_utils.datasets import load_dataset
 from tsp_utils.devices import find_device, gains_from_bf16, hardware
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.paths import runs_dir, write_json, write_whole
+from tsp_utils.pretraining.contrastive import (
+    Contrastive,
+    ContrastiveRecipe,
+    pretrain_contrastive,
+)
 from tsp_utils.pretraining.dino import Dino, DinoRecipe, Network
 from tsp_utils.pretraining.run import pretrain_dino
 from tsp_utils.study.feature_sets import draw_rows, spread_rows
@@ -38,7 +43,7 @@ logger = logging.getLogger(__name__)
 class Arm:
     """One pretraining run: what is learned, from which images, for how long."""
 
-    recipe: DinoRecipe
+    recipe: DinoRecipe | ContrastiveRecipe
     data: tuple[str, ...]  # whose train splits are joined
     budget_images: int  # images seen
     n_images: int | None = None  # drawn once by seed 0, without labels; None: all
@@ -53,6 +58,7 @@ class Arm:
 SOURCE, TARGET = ("tinyimagenet32",), ("cifar10",)
 N_REPORTS = 20  # read-outs of a run
 MINI_IMAGES, NANO_IMAGES, NANO_CPU_IMAGES, PAPER_IMAGES = 1_600_000, 512_000, 512_000, 5_000_000
+CONTRAST_IMAGES = 6_246_400  # two views each: about ten minutes of an H100 for all four arms
 VIT = dict(patch_size=4, img_size=32, dynamic_img_size=True)
 # Small batches for as many steps as they allow, and batch norm in the head.
 NANO = DinoRecipe("vit_tiny_patch16_224",
@@ -78,11 +84,19 @@ MINI = replace(NANO_CPU, options=tuple((VIT | dict(global_pool="avg")).items()),
                learning_rate=7.5e-4, n_local=4, n_outputs=4096, hidden=1024, bottleneck=256)
 RESNET_MINI = replace(MINI, architecture="small_resnet", options=tuple(dict(
     layers=(3, 3, 1, 2), channels=(48, 96, 192, 384)).items()))
+# The same two networks by contrast instead of DINO, which learns more of a GPU's few minutes.
+RESNET_CONTRAST = ContrastiveRecipe("small_resnet", RESNET_MINI.options)
+VIT_CONTRAST = ContrastiveRecipe(MINI.architecture, MINI.options, optimizer="adamw",
+                                 learning_rate=1e-3, weight_decay=0.05, warmup=0.1)
 # The paper's size; CIFAR-10's 32-px images are enlarged by the crops themselves.
 PAPER_VIT_S = DinoRecipe("vit_small_patch16_224",
                          (("img_size", 224), ("dynamic_img_size", True)),
                          (("drop_path_rate", 0.1),), global_size=224, local_size=96, n_local=8,
                          batch_size=512, n_outputs=65_536, hidden=2048)
+
+
+METHODS = {DinoRecipe: "DINO (Caron et al. 2021)",
+           ContrastiveRecipe: "contrast of two views (SimCLR, Chen et al. 2020)"}
 
 
 def _paced(arm: Arm) -> Arm:
@@ -91,6 +105,8 @@ def _paced(arm: Arm) -> Arm:
     Along the cosine to 1 a momentum of 1 - 8 / steps leaves e^-4 of the teacher's random start;
     in a short run the recipe's own would leave most of it.
     """
+    if isinstance(arm.recipe, ContrastiveRecipe):
+        return arm  # it has no teacher
     steps, (start, end) = arm.budget_images / arm.recipe.batch_size, arm.recipe.momentum
     return replace(arm, recipe=replace(arm.recipe, momentum=(min(start, 1 - 8 / steps), end)))
 
@@ -105,6 +121,12 @@ def _arms() -> dict[str, Arm]:
         "vit_mini_cifar10_4k": Arm(MINI, TARGET, MINI_IMAGES, short["4k"]),
         "resnet_mini_cifar10": Arm(RESNET_MINI, TARGET, MINI_IMAGES),
         "vit_mini_short": Arm(replace(NANO, options=tuple(VIT.items())), SOURCE, NANO_IMAGES),  # C4
+    }
+    arms |= {
+        "resnet_contrast": Arm(RESNET_CONTRAST, SOURCE, CONTRAST_IMAGES),
+        "resnet_contrast_cifar10": Arm(RESNET_CONTRAST, TARGET, CONTRAST_IMAGES),
+        "resnet_contrast_cifar10_4k": Arm(RESNET_CONTRAST, TARGET, CONTRAST_IMAGES, short["4k"]),
+        "vit_contrast": Arm(VIT_CONTRAST, SOURCE, CONTRAST_IMAGES),
     }
     nano = {
         "vit_nano": Arm(NANO, SOURCE, NANO_IMAGES),
@@ -150,6 +172,7 @@ def arm_images(arm: Arm) -> np.ndarray:
 def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
     """Pretrain one arm, or finish it from its checkpoint; returns its folder.
 
+    An arm by contrast takes minutes, is not resumed, and is learned by one process.
     On a CPU only the arms named `_cpu` end within hours; the others are begun with a warning.
     Under `torchrun` every process takes its share of each batch, the first one writes, and nothing
     is resumed: `torchrun --nproc-per-node 4 -m experiments pretrain NAME`. Leaves the teacher's
@@ -170,11 +193,15 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
     first = n_processes == 1 or dist.get_rank() == 0
     folder = Path(out_dir) if out_dir else runs_dir() / "pretrain" / name
     folder.mkdir(parents=True, exist_ok=True)
-    images, code = arm_images(arm), code_of(pretrain_dino, Dino, Network)
+    images, by_dino = arm_images(arm), isinstance(arm.recipe, DinoRecipe)
+    code = code_of(*((pretrain_dino, Dino, Network) if by_dino else
+                     (pretrain_contrastive, Contrastive)))
     device = find_device()
     dtype = torch.bfloat16 if gains_from_bf16(torch.device(device)) else torch.float32
     if device == "cpu" and "_cpu" not in name:
         logger.warning("The arm %s wants a GPU: on CPU cores it takes days.", name)
+    if n_processes > 1 and not by_dino:
+        raise ValueError(f"The arm {name} is learned by one process; run it without torchrun.")
     checkpoint = folder / "checkpoint.pt"
     if n_processes > 1:
         if first and checkpoint.exists():
@@ -187,29 +214,29 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
     if first and not (start := folder / "start.safetensors").exists():
         save_backbone(_untrained(arm), start)
 
-    def callback(run: Dino, entry: dict) -> None:
+    def callback(run: Dino | Contrastive, entry: dict) -> None:
         entry["knn_tinyimagenet_val"] = read_out(run)
         logger.info("%s: %s", name, json.dumps(entry))
         done = entry["images_seen"] / arm.budget_images
         for share in [mark for mark in marks if done >= mark]:
             path = marks.pop(share)
             if done < share + 2 / N_REPORTS:
-                save_backbone(run.teacher.backbone, path)
+                save_backbone(run.backbone, path)
             else:
                 logger.warning("%s is gone, and the run is past it: it stays so.", path.name)
 
     gflop, most = gflop_per_image(arm), n_processes * matrix_rate(device, dtype)
     with attention(fused=device != "cpu"):
-        run = pretrain_dino(
+        run = (pretrain_dino if by_dino else pretrain_contrastive)(
             images, arm.recipe, budget_images=arm.budget_images, seed=arm.seed, device=device,
-            dtype=dtype, compiled=device == "cuda", checkpoint=checkpoint, n_reports=N_REPORTS,
-            callback=callback if first else None)
+            dtype=dtype, compiled=device == "cuda", n_reports=N_REPORTS,
+            callback=callback if first else None, **dict(checkpoint=checkpoint) if by_dino else {})
     if not first:
         return folder
-    save_backbone(run.teacher.backbone, folder / "final.safetensors")
+    save_backbone(run.backbone, folder / "final.safetensors")
     a_second = run.images_seen / run.seconds
     log = {
-        "name": name, "method": "DINO (Caron et al. 2021)", "source": arm.source,
+        "name": name, "method": METHODS[type(arm.recipe)], "source": arm.source,
         "source_sha256": hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
         "n_source_images": len(images), "images_seen": run.images_seen,
         "seed": arm.seed, "recipe": asdict(run.recipe), "minutes": round(run.seconds / 60, 1),
@@ -233,19 +260,19 @@ class KnnReadout:
         self.bank = bank.subset(spread_rows(len(bank), 8_000))
         self.query = query.subset(spread_rows(len(query), 2_000))
 
-    def __call__(self, run: Dino) -> float:
+    def __call__(self, run: Dino | Contrastive) -> float:
         bank, query = (encode(run, images.images) for images in (self.bank, self.query))
         accuracy = knn_accuracy(bank, self.bank.labels, query, self.query.labels)
         return round(100 * accuracy, 2)
 
 
 @torch.inference_mode()
-def encode(run: Dino, images: np.ndarray) -> np.ndarray:
-    """Features float32 [N, D] of uint8 [N, H, W, 3] by the teacher as it is.
+def encode(run: Dino | Contrastive, images: np.ndarray) -> np.ndarray:
+    """Features float32 [N, D] of uint8 [N, H, W, 3] by the backbone as it is.
 
     At the network's own input size, where it has one.
     """
-    backbone, recipe = run.teacher.backbone, run.recipe
+    backbone, recipe = run.backbone, run.recipe
     size = dict(recipe.options).get("img_size", images.shape[1])
     mean, std = (torch.tensor(v, device=run.device).view(1, 3, 1, 1)
                  for v in (recipe.mean, recipe.std))
@@ -267,7 +294,7 @@ def _untrained(arm: Arm) -> torch.nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(arm.seed)
         return timm.create_model(arm.recipe.architecture, num_classes=0, **dict(
-            arm.recipe.options), **dict(arm.recipe.local_options))
+            arm.recipe.options), **dict(getattr(arm.recipe, "local_options", ())))
 
 
 def save_backbone(backbone: torch.nn.Module, path: Path) -> None:
@@ -281,7 +308,13 @@ def save_backbone(backbone: torch.nn.Module, path: Path) -> None:
 def gflop_per_image(arm: Arm) -> float:
     """Of a training step, both networks with their heads, forward and backward: 10^9 an image."""
     with attention(fused=False), torch.device("meta"):  # shapes alone, nothing is computed
-        recipe, network = arm.recipe, Network(_untrained(arm), arm.recipe)
+        recipe, network = arm.recipe, _untrained(arm)
+        if isinstance(recipe, ContrastiveRecipe):  # two views, one network
+            with FlopCounterMode(display=False) as counted:
+                Contrastive.with_head(network, recipe)(
+                    torch.empty(2, 3, recipe.size, recipe.size)).sum().backward()
+            return counted.get_total_flops() / 1e9
+        network = Network(network, recipe)
         crops = [torch.empty(n, 3, size, size) for n, size in (
             (2, recipe.global_size), (recipe.n_local, recipe.local_size)) if n]
         with FlopCounterMode(display=False) as counted:

@@ -29,7 +29,8 @@ from tsp_utils.weights import file_sha256
 
 logger = logging.getLogger(__name__)
 
-PRETRAINED = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k", "vit_pico_cpu", "resnet_nano_cpu")
+PRETRAINED = ("vit_nano_cpu", "vit_nano_cpu_cifar10_4k", "vit_pico_cpu", "resnet_nano_cpu",
+              "resnet_contrast_cifar10")
 VECTOR_BACKBONES = ("vit_mini_random", "patch_kmeans", "invariant_patches", *PRETRAINED)
 FASHION_BACKBONES = ("vit_mini_random", "vit_nano_cpu")
 MOST_BYTES = 16_000_000  # of one network that ships
@@ -133,7 +134,9 @@ def bundle_backbone(name: str) -> Path:
     card |= {"sha256": hashlib.sha256(weights).hexdigest(),
              "terms_of_the_images": [DATASETS[data].source for data in arm.data],
              "licence_of_the_weights": "MIT, as this repository",
-             "knn": knn_readouts(network) | {"tinyimagenet32, train to val": _in_domain(network)}}
+             "knn": knn_readouts(network)}
+    if "tinyimagenet32" in arm.data:
+        card["knn"]["tinyimagenet32, train to val"] = _in_domain(network)
     write_lines(out, records)
     write_json(bundled_dir() / f"{name}.json", card, indent=1)
     path = bundled_dir() / f"{name}.safetensors"

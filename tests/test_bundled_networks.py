@@ -51,7 +51,7 @@ def checked_card(path, n_figures) -> dict:
 @with_the_dictionaries
 def test_the_file_is_small_and_the_one_on_its_card(name):
     path = bundled_dir() / f"{name}.safetensors"
-    checked_card(path, n_figures=2 if name in OF_PATCHES else 3)
+    checked_card(path, n_figures=2 if name in (*OF_PATCHES, "resnet_contrast_cifar10") else 3)
     assert path.stat().st_size < OF_PATCHES.get(name, 16_000_000)
     network = load_backbone(name, device="cpu")
     assert network(random_images[:2]).shape == (2, network.spec.dim)
@@ -84,7 +84,7 @@ def test_the_card_is_of_the_arm_in_the_table(name):
 
 def test_what_ships_stays_small():
     sizes = [path.stat().st_size for path in bundled_dir().rglob("*.safetensors")]
-    assert sum(sizes) < 60_000_000
+    assert sum(sizes) < 65_000_000
 
 
 @with_the_dictionaries
@@ -118,7 +118,7 @@ def test_figures_of_the_card_that_want_images(name, data, scored):
 @each
 def test_read_outs_are_of_three_checkpoints_and_agree_with_the_vectors(name):
     records = readouts(name)
-    assert [record["checkpoint"] for record in records] == ["quarter", "half", "final"]
+    assert [record["checkpoint"] for record in records][-3:] == ["quarter", "half", "final"]
     assert all(len(record["head"]["acc"]) == 10 for record in records)
     assert knn_of_the_vectors(name) == pytest.approx(records[-1]["knn_leave_one_out"], abs=0.1)
 
@@ -128,9 +128,10 @@ def test_the_dictionarys_vectors_know_more_of_the_classes_than_an_untrained_netw
     assert 15 < untrained < 35 and knn_of_the_vectors("patch_kmeans") > untrained + 20
 
 
-@pytest.mark.parametrize("name", ["vit_mini", "vit_mini_cifar10_4k", "resnet_mini"])
-def test_the_table_of_the_mini_arms_is_their_records(name):
-    """Trained on a GPU, and bundled as read-outs alone."""
+@pytest.mark.parametrize("name", [
+    "vit_mini", "vit_mini_cifar10_4k", "resnet_mini", "resnet_contrast", "resnet_contrast_cifar10",
+    "resnet_contrast_cifar10_4k", "vit_contrast"])
+def test_the_table_of_the_arms_of_a_gpu_is_their_records(name):
     page = (REPOSITORY / "docs" / "pretraining.md").read_text()
     scores = r"(\S+ \+- \S+) \| (\S+ \+- \S+) \|$"
     rows = re.findall(rf"^\| `{name}` \| (\w+).* \| (.+) \| ([\d.]+) \| " + scores, page, re.M)

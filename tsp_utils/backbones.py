@@ -44,6 +44,10 @@ BACKBONES: dict[str, BackboneSpec] = {spec.name: spec for spec in (
                  dict(layers=(1, 1, 2, 1), channels=(24, 48, 96, 192)), "bundled",
                  "resnet_nano_cpu.safetensors", input_size=32, dim=192,
                  note="a ResNet like vit_nano_cpu, for C1 and C5: our own DINO, on a CPU"),
+    BackboneSpec("resnet_contrast_cifar10", "small_resnet",
+                 dict(layers=(3, 3, 1, 2), channels=(48, 96, 192, 384)), "bundled",
+                 "resnet_contrast_cifar10.safetensors", input_size=32, dim=384,
+                 note="a larger ResNet, by contrast of views of CIFAR-10's train split, on a GPU"),
     BackboneSpec("dino_resnet50", "resnet50", {}, "url", "dino_resnet50_pretrain.pth",
                  f"{_OFFICIAL}/dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
                  dim=2048, published_knn=67.5, note="TSP-ResNet"),
@@ -148,12 +152,13 @@ def model_card(name: str) -> dict | None:
 
 
 def spec_of_recipe(name: str, recipe: Mapping, file: str = "") -> BackboneSpec:
-    """The row of a network that `pretraining.dino` made; recipe: a `DinoRecipe` as a mapping."""
+    """The row of a network of `pretraining`; recipe: a `DinoRecipe` or another, as a mapping."""
     options: dict = {key: tuple(value) if isinstance(value, list) else value
                      for key, value in recipe["options"] if key != "dynamic_img_size"}
     return BackboneSpec(name, recipe["architecture"], options, "bundled", file,
                         input_size=options.get("img_size", 32), mean=tuple(recipe["mean"]),
-                        std=tuple(recipe["std"]), note="our own DINO")
+                        std=tuple(recipe["std"]),
+                        note="our own DINO" if "n_local" in recipe else "our own, by contrast")
 
 
 def load_backbone(name: str | BackboneSpec, device: str = "auto",

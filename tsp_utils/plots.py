@@ -11,9 +11,9 @@ CLASS_PALETTE = sns.color_palette("tab10")
 MOST_NAMED = 20  # classes whose names still fit beside a map or a matrix
 BACKBONE_COLORS = {
     "pixels": "#8c8c8c", "vit_mini_random": "#c49c6b", "patch_kmeans": "#3a78a8",
-    "invariant_patches": "#c2549d",
-    "vit_nano_cpu": "#7d5ba6", "vit_nano_cpu_cifar10_4k": "#e0a03b",
-    "vit_pico_cpu": "#b79fd0", "resnet_nano_cpu": "#4f9a94",
+    "invariant_patches": "#c2549d", "vit_nano_cpu": "#7d5ba6",
+    "vit_nano_cpu_cifar10_4k": "#e0a03b", "vit_pico_cpu": "#b79fd0",
+    "resnet_nano_cpu": "#4f9a94", "resnet_contrast_cifar10": "#b03a2e",
     "dino_resnet50": "#6a9f58", "dino_vits16": "#d1605e", "dino_vitb16": "#967662",
 }
 METHOD_COLORS = {"k-means": "#9aa5b1", "head": "#d1605e"}

@@ -189,6 +189,11 @@ class Dino:
             self.plain)
 
     @property
+    def backbone(self) -> nn.Module:
+        """What the run is for: the teacher's."""
+        return self.teacher.backbone
+
+    @property
     def images_seen(self) -> int:
         return self.step_count * self.recipe.batch_size
 
@@ -262,14 +267,20 @@ class Dino:
                 "feature_spread": float(features.std(0).mean())}
 
 
-def _checked(recipe: DinoRecipe, images) -> DinoRecipe:
+def check_images(images) -> None:
+    """Raises ValueError for what no pretraining takes."""
     if getattr(images, "ndim", 0) != 4 or images.shape[3] != 3:
-        raise ValueError("DINO takes images uint8 [N, H, W, 3] of one size; resize them first.")
+        raise ValueError("Pretraining takes images uint8 [N, H, W, 3] of one size; resize them "
+                         "first.")
     if len(images) < 2:
         raise ValueError(f"{len(images)} image is too few to learn from; pass at least 2, and "
                          f"thousands for features of use.")
     if "uint8" not in str(images.dtype):
         raise ValueError(f"The images are {images.dtype}; pass uint8 in [0, 255].")
+
+
+def _checked(recipe: DinoRecipe, images) -> DinoRecipe:
+    check_images(images)
     return replace(recipe, batch_size=min(recipe.batch_size, len(images)))
 
 

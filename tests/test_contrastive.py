@@ -1,0 +1,174 @@
+"""Pretraining by contrast: the loss by a loop, views that belong together, runs that learn."""
+
+import inspect
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+
+from experiments import arms
+from experiments.arms import ARMS, Arm, encode, pretrain_arm
+from tests.test_arms import images_of
+from tsp_utils.backbones import load_backbone
+from tsp_utils.datasets import load_dataset
+from tsp_utils.neighbors import knn_accuracy
+from tsp_utils.pretraining import contrastive
+from tsp_utils.pretraining.contrastive import (
+    Contrastive,
+    ContrastiveRecipe,
+    nt_xent,
+    pretrain_contrastive,
+)
+from tsp_utils.study.profile import load_study
+
+TINY = ContrastiveRecipe(options=(("layers", (1, 1, 1, 1)), ("channels", (8, 12, 16, 24))), size=16,
+                         batch_size=16, hidden=32, n_outputs=16, learning_rate=0.1)
+IMAGES = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+
+
+def test_the_loss_is_simclrs_eq_1_by_a_float64_loop_and_by_hand():
+    z = np.random.default_rng(0).normal(size=(2, 5, 7))
+    z /= np.linalg.norm(z, axis=-1, keepdims=True)
+    flat, terms = z.reshape(10, 7), []
+    for i in range(10):
+        others = [j for j in range(10) if j != i]
+        partner = others.index((i + 5) % 10)
+        terms.append(-log_softmax(flat[others] @ flat[i] / 0.2)[partner])
+    assert nt_xent(torch.tensor(z), 0.2).item() == pytest.approx(np.mean(terms), rel=1e-9)
+
+    blind = torch.ones(2, 4, 1)  # all views the same: one of 7 others is the partner
+    assert nt_xent(blind, 0.1).item() == pytest.approx(math.log(7), rel=1e-5)
+    sure = torch.eye(4).expand(2, 4, 4)  # every image its own axis
+    assert nt_xent(sure, 0.01).item() < 1e-6 < nt_xent(sure.roll(1, 1)[:1].repeat(2, 1, 1)
+                                                       * torch.tensor([1.0, -1.0])[:, None, None],
+                                                       0.01).item()
+
+
+def test_the_two_views_of_an_image_stand_a_batch_apart(monkeypatch):
+    """Crops of the whole image without colours: then a view differs by its flip alone."""
+    monkeypatch.setattr(contrastive, "random_colors", lambda x, *_: x)
+    monkeypatch.setattr(contrastive, "random_crops",
+                        lambda x, size, scale, generator: x[..., :size, :size])
+    run = Contrastive(IMAGES, TINY)
+    batch = next(run.batches)
+    one, other = run.views(batch).chunk(2)
+    assert torch.equal(one, other) and one.shape == (16, 3, 16, 16)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (TINY.mean, TINY.std))
+    torch.testing.assert_close(one[3] * std + mean, batch[3, :, :16, :16] / 255)
+
+
+def test_the_views_are_drawn_for_each_image_and_each_view():
+    run = Contrastive(np.repeat(IMAGES[:1], 16, axis=0), TINY)
+    views = run.views(next(run.batches))
+    assert len({view.numpy().tobytes() for view in views}) == 32
+
+
+def test_an_epoch_shows_every_image_once_in_another_order():
+    run = Contrastive(IMAGES[:32], TINY)
+    epochs = [torch.cat([next(run.batches), next(run.batches)]) for _ in range(2)]
+    assert not torch.equal(*epochs)
+    for epoch in epochs:
+        assert ({image.numpy().tobytes() for image in epoch} ==
+                {image.transpose(2, 0, 1).tobytes() for image in IMAGES[:32]})
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_rate_rises_and_falls_and_norms_do_not_decay(optimizer):
+    run = Contrastive(IMAGES, replace(TINY, optimizer=optimizer, warmup=0.1, weight_decay=0.01))
+    rates = []
+    for progress in (0.0, 0.05, 0.1, 0.55, 1.0):
+        run.step(progress)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.05, 0], atol=1e-9)
+    kernels, others = run.optimizer.param_groups
+    assert (kernels["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
+    assert {p.ndim for p in others["params"]} == {1} and len(kernels["params"]) > 10
+
+
+def test_a_toy_run_learns_without_labels():
+    assert "labels" not in inspect.signature(pretrain_contrastive).parameters
+    data = load_dataset("fashion-mnist", "test").subset(slice(0, 3000))
+    images = np.repeat(np.pad(data.images, ((0, 0), (2, 2), (2, 2), (0, 0))), 3, axis=3)
+    recipe = replace(TINY, options=(("layers", (1, 1, 1, 1)), ("channels", (16, 24, 32, 48))),
+                     batch_size=100, temperature=0.2)
+
+    def knn(run):
+        return knn_accuracy(encode(run, images[::2]), data.labels[::2])
+
+    untrained = knn(Contrastive(images, recipe))
+    run = pretrain_contrastive(images, recipe, budget_images=18_000, n_reports=4)
+    assert knn(run) > untrained + 0.03
+    assert run.log[-1]["loss"] < run.log[0]["loss"] < math.log(199)
+    assert [entry["images_seen"] for entry in run.log] == [4500, 9000, 13_500, 18_000]
+
+
+def test_a_seed_gives_the_same_weights_and_looking_changes_nothing():
+    def weights(seed, **options):
+        run = pretrain_contrastive(IMAGES, TINY, budget_images=48, seed=seed, **options)
+        return torch.cat([p.detach().flatten() for p in run.backbone.parameters()])
+
+    plain = weights(0)
+    looked = weights(0, n_reports=3, callback=lambda run, entry: encode(run, IMAGES))
+    assert torch.equal(plain, looked) and not torch.equal(plain, weights(1))
+
+
+@pytest.mark.parametrize("images, changed, budget, sentence", [
+    (IMAGES, {}, 0, "budget is empty"),
+    (IMAGES[:1], {}, 10, "1 image is too few"),
+    (IMAGES[..., :1], {}, 10, "resize them first"),
+    (IMAGES / 255, {}, 10, "are float64; pass uint8"),
+    (IMAGES, dict(optimizer="adam"), 10, "unknown optimizer 'adam': pass sgd or adamw"),
+])
+def test_bad_input_is_refused(images, changed, budget, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        pretrain_contrastive(images, replace(TINY, **changed), budget_images=budget)
+
+
+def test_a_run_that_diverges_says_so():
+    with pytest.raises(RuntimeError, match="lower learning_rate"):
+        pretrain_contrastive(IMAGES, replace(TINY, learning_rate=1e30), budget_images=320)
+
+
+def test_an_arm_by_contrast_leaves_weights_that_load_and_a_log(monkeypatch, own_folders):
+    monkeypatch.setattr(arms, "load_dataset", images_of)
+    monkeypatch.setitem(ARMS, "tiny", Arm(TINY, ("cifar10",), 320))
+    folder = pretrain_arm("tiny")
+    assert {path.name for path in folder.iterdir()} == {
+        "log.json", *(f"{m}.safetensors" for m in ("start", "quarter", "half", "final"))}
+    log = json.loads((folder / "log.json").read_text())
+    assert log["images_seen"] == 320 and "SimCLR" in log["method"] and log["gflop_per_image"] > 0
+    run = pretrain_contrastive(images_of("cifar10", "train").images, TINY, budget_images=320)
+    features = load_backbone("tiny")(IMAGES[:4])
+    torch.testing.assert_close(torch.from_numpy(encode(run, IMAGES[:4])), features,
+                               rtol=0.02, atol=0.02)  # the weights were written in fp16
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(arms.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(arms.dist, "get_rank", lambda: 0)
+    with pytest.raises(ValueError, match="without torchrun"):
+        pretrain_arm("tiny")
+
+
+def test_the_arms_by_contrast_differ_in_images_or_network_alone():
+    contrasted = {name: arm for name, arm in ARMS.items()
+                  if isinstance(arm.recipe, ContrastiveRecipe)}
+    assert len({arm.budget_images for arm in contrasted.values()}) == 1 < len(contrasted)
+    resnets = {name: arm for name, arm in contrasted.items() if name.startswith("resnet")}
+    assert len({arm.recipe for arm in resnets.values()}) == 1
+    vit = contrasted["vit_contrast"].recipe
+    assert (vit.options, ARMS["resnet_contrast"].recipe.options) == (
+        ARMS["vit_mini"].recipe.options, ARMS["resnet_mini"].recipe.options)
+
+
+def test_the_network_by_contrast_stands_above_all_others_that_ship():
+    """Label consistency@20 of CIFAR-10's test images, from the vectors."""
+    from tsp_utils.study.rungs import consistency
+
+    study = load_study("offline")
+    found = {name: consistency(study.features("cifar10", name))
+             for name in ("patch_kmeans", "invariant_patches", "resnet_contrast_cifar10")}
+    assert found["resnet_contrast_cifar10"] > found["invariant_patches"] + 10
+    assert found["invariant_patches"] > found["patch_kmeans"]
