@@ -96,7 +96,7 @@ def test_unreadable_files_are_listed_and_skipped_in_every_run(photos, factor):
         page = (out / "report.html").read_text()
         assert "!broken.jpg is not an image" in page and "cut.png cannot be read" in page
         assert "gone.png cannot be read" in page
-        notes = list((photos.parent / "cache" / "unreadable").glob("*.npz"))
+        notes = list((photos.parent / "cache" / "files").glob("*.npz"))
         assert len(notes) == (factor == 3)
         if attempt == 1:  # the note beside the cache is lost: the files are looked at again
             for note in notes:
@@ -221,15 +221,17 @@ def test_shares_of_neighbours_and_chosen_images_by_hand():
 
 
 # What goes wrong -> the command's arguments, number of good images, and other files by name: their
-# text, or the side of a black square.
+# text, the side of a black square, or pixels.
 CASES = {
     "no such folder": (["elsewhere"], 0, {}),
     "an empty folder": ([], 0, {}),
+    "no images among other files": ([], 0, {"photos/a.txt": "a", "photos/b.heic": "b"}),
     "no readable image": ([], 0, {f"photos/{i}.jpg": "no image" for i in range(9)}),
     "one image": ([], 1, {}),
     "10 clusters for 8 images": (["--n-clusters", "10"], 8, {}),
     "one cluster": (["--n-clusters", "1"], 20, {}),
-    "duplicates only": ([], 0, {f"photos/{i}.png": 28 for i in range(20)}),
+    "pictures of one colour only": ([], 0, {f"photos/{i}.png": 28 for i in range(20)}),
+    "duplicates only": ([], 0, {f"photos/{i}.png": CLOTHES.images[0][..., 0] for i in range(20)}),
     "a backbone that is not known": (["--backbone", "dino_vits"], 20, {}),
     "results that are there": (["--out", "results"], 20, {"results/clusters.csv": "mine"}),
     "an --out in the images' folder": (["--out", "photos/results"], 20, {}),
@@ -250,6 +252,8 @@ def test_each_bad_input_gets_the_sentence_of_the_guide_which_says_what_to_pass(t
             (root / name).parent.mkdir(exist_ok=True)
             if isinstance(made, str):
                 (root / name).write_text(made)
+            elif isinstance(made, np.ndarray):
+                write(root / name, made)
             else:
                 Image.new("1", (made, made)).save(root / name)
         mine = content(root)
@@ -274,6 +278,44 @@ def test_each_bad_input_gets_the_sentence_of_the_guide_which_says_what_to_pass(t
     table = "\n".join(table)
     guide = (REPOSITORY / "docs" / "your_own_images.md").read_text()
     assert table in guide, f"the guide lacks:\n{table}"
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_what_was_passed_over_and_what_may_not_be_meant_is_said(photos, factor, caplog):
+    enlarge(photos, factor)
+    for i, path in enumerate(sorted(photos.iterdir())):
+        path.rename(photos / f"{path.stem}.jfif")
+        if i < 5:
+            Image.new("L", (28 * factor, 28 * factor), 40 * i).save(photos / f"blank {i}.png")
+    pages = [Image.open(photos / f"00{i}.jfif") for i in range(2)]
+    Image.new("L", pages[0].size).save(photos / "scan.tif", save_all=True, append_images=pages)
+    (photos / "@eaDir").mkdir()
+    for name in ("@eaDir/0.png", "notes.txt", "more.txt", "IMG.HEIC", ".DS_Store"):
+        (photos / name).write_bytes(b"\0")
+    for force in (False, True):  # the second time features come from the cache
+        caplog.clear()
+        out = cluster_folder(photos, 3, force=force, **QUICK)
+        page = html.unescape((out / "report.html").read_text())
+        for said in ("Passed over, as junk or as what Pillow does not read: 2 .txt, 1 .heic, "
+                     "1 hidden, 1 in @eaDir.",
+                     "5 of 66 images are of one colour throughout (blank 0.png, blank 1.png, "
+                     "blank 2.png and 2 more)",
+                     "first that is not of one colour was taken: scan.tif (page 2)."):
+            assert caplog.text.count(said) == 1 and page.count(said) == 1, said
+    assert len(pd.read_csv(out / "clusters.csv")) == 66
+
+
+def test_ordinary_folders_are_told_nothing_new_and_splits_are_no_classes(photos, caplog):
+    cluster_folder(photos, 2, **QUICK)
+    assert not re.search("Passed over|one colour|pages|splits", caplog.text)
+    for i, path in enumerate(sorted(photos.iterdir())):
+        folder = photos / ("train", "test")[i % 2]
+        folder.mkdir(exist_ok=True)
+        path.rename(folder / path.name)
+    out = cluster_folder(photos, 2, force=True, **QUICK)
+    said = "splits of a data set (test, train) are not taken as classes: pass one of them"
+    assert said in caplog.text and said in (out / "report.html").read_text()
+    assert "after the fact" not in (out / "report.html").read_text()
 
 
 def test_photos_are_told_of_a_better_backbone_and_small_images_are_not(tmp_path, caplog):
@@ -346,7 +388,7 @@ def test_a_large_folder_keeps_the_page_small(monkeypatch):
         made={"backbone": "made up", "weights": "", "seed": 0, "out": "clusters/a",
               "settings": TSPClustering().get_params(), "seconds": {}, "versions": {}}))
     photo = rng.integers(0, 256, (500, 500, 3), dtype=np.uint8)  # noise is what packs worst
-    monkeypatch.setattr("tsp_utils.image_folders._decode", lambda path: photo)
+    monkeypatch.setattr("tsp_utils.image_folders._decode", lambda path: (photo, ""))
     monkeypatch.setattr("tsp_utils.folder.page.map_points", lambda features: (
         np.arange(2000), rng.normal(size=(2000, 2))))
     page = folder_page(found)

@@ -18,7 +18,7 @@ import torchvision.datasets
 from PIL import Image
 
 from tsp_utils.datasets import DATASETS, ImageDataset, load_dataset
-from tsp_utils.image_folders import IMAGE_SUFFIXES, ImageFiles
+from tsp_utils.image_folders import ImageFiles
 from tsp_utils.paths import bundled_dir, data_dir
 
 
@@ -188,12 +188,13 @@ def test_every_mode_is_read_animations_by_their_first_image_and_turned_as_exif_s
     rgb, grey = pixels(1, 8, 8)[0], pixels(1, 8, 8)[0, ..., 0]
     Image.fromarray(grey).save(tmp_path / "0_grey.png")
     Image.fromarray(grey.astype(np.uint16) * 256 + 7).save(tmp_path / "1_sixteen_bit.png")
-    Image.fromarray(np.dstack([grey, grey])).save(tmp_path / "2_grey_alpha.png")
+    opaque = np.full_like(grey, 255)
+    Image.fromarray(np.dstack([grey, opaque])).save(tmp_path / "2_grey_alpha.png")
     only_grey = load_dataset(tmp_path).images
     assert only_grey.shape == (3, 8, 8, 1) and (only_grey[..., 0] == grey).all()
 
     Image.fromarray(rgb).save(tmp_path / "3_rgb.png")
-    Image.fromarray(np.dstack([rgb, grey])).save(tmp_path / "4_rgba.png")
+    Image.fromarray(np.dstack([rgb, opaque])).save(tmp_path / "4_rgba.png")
     more = dict(save_all=True, append_images=[Image.new("P", (8, 8))])
     Image.fromarray(grey).convert("P").save(tmp_path / "5_palette_animated.gif", **more)
     Image.fromarray(rgb).save(tmp_path / "6_animated.webp", lossless=True, **more)
@@ -262,7 +263,7 @@ def test_what_is_not_known_or_not_there_is_refused_with_what_to_pass(tmp_path):
         (ValueError, (tmp_path, "train"), "no split 'train'"),
         (FileNotFoundError, (tmp_path / "nowhere",), "does not exist"),
         (FileNotFoundError, (str(tmp_path / "texts" / "file.txt"),), "is a file"),
-        (ValueError, (tmp_path / "texts",), "holds no images", *IMAGE_SUFFIXES),
+        (ValueError, (tmp_path / "texts",), "holds no images", "1 .txt"),
         (FileNotFoundError, ("tinyimagenet32", "val", tmp_path), "tinyimagenet32/val/<class>"),
     ]:
         message = refused(kind, *arguments)

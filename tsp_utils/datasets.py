@@ -194,6 +194,6 @@ def _load_folder(name: str, split: str | None, folder: Path, paths: list[str]) -
     if labels is None and any("/" in path for path in paths) and not split:
         logger.warning(
             "%s is taken as images without labels: labels need two or more class folders "
-            "and no image beside them.", folder,
+            "(which train and test are not) and no image beside them.", folder,
         )  # fmt: skip
     return ImageDataset(name, split, read_images(folder, paths), labels, classes, tuple(paths))

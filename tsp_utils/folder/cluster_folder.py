@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from tsp_utils.image_folders import (
     LARGEST_ARRAY_PX,
     ImageFiles,
     ReadableFiles,
+    kinds_of,
     labels_from_folders,
     list_images,
     read_images,
+    split_folders,
 )
 from tsp_utils.neighbors import Neighbors, nearest_neighbors
 from tsp_utils.paths import write_whole
@@ -64,21 +67,28 @@ def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "patc
 
     Writes clusters.csv (path, cluster, probability) and report.html into `out`, by default
     `clusters/<name of the folder>` under the working directory. Unreadable files are skipped and
-    listed. settings go to `TSPClustering`. Raises FileNotFoundError for what is no folder,
-    FileExistsError for results that are there without `force`, ValueError for too few images,
-    OSError for an `out` that cannot be written; nothing of the images' folder is changed.
+    listed, files that are no images counted by kind. settings go to `TSPClustering`.
+    Raises FileNotFoundError for what is no folder, FileExistsError for results that are there
+    without `force`, ValueError for too few images or too few that differ, OSError for an `out` that
+    cannot be written; nothing of the images' folder is changed.
     """
     from tsp_utils.folder.page import folder_page
 
     folder = Path(folder).expanduser()
-    paths = list_images(folder)
+    others = Counter()
+    paths = list_images(folder, others)
     _check_number(folder, len(paths), n_clusters)
     out = Path(out).expanduser() if out else Path("clusters") / folder.resolve().name
     if seed < 0:
         raise ValueError(f"The seed is {seed}: pass 0 or more.")
     made_here = _check_out(folder, out, force)
     try:
+        passed = f"Passed over, as junk or as what Pillow does not read: {kinds_of(others)}."
+        if kinds_of(others):
+            logger.warning(passed)
         found = cluster_images(folder, paths, n_clusters, backbone, seed, **settings)
+        if kinds_of(others):
+            found.notes.append(passed)
         found.made["out"] = str(out)
         write_csv(found, out / "clusters.csv")
         page = folder_page(found).encode("utf-8", "backslashreplace")
@@ -94,10 +104,17 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
     """Features (cached), heads and neighbours of a folder's images, with what there is to tell."""
     start = time.perf_counter()
     network = load_backbone(backbone)
-    features, unreadable = _features(network, folder, paths, n_clusters)
+    features, told = _features(network, folder, paths, n_clusters)
+    unreadable = told["unreadable"]
     readable = [path for path in paths if path not in unreadable]
     notes = [f"{len(unreadable)} of {len(paths)} files could not be read and were skipped; the "
              f"end of the report names them."] if unreadable else []
+    notes += _about_files(told, readable)
+    if 2 * len(told["constant"]) > len(readable) and (
+            distinct := len(np.unique(features, axis=0))) < n_clusters:
+        raise ValueError(f"{_of_one_color(told, readable)}, which leaves too few that differ "
+                         f"({distinct}) for {n_clusters} clusters: replace or delete these files, "
+                         f"or pass a smaller --n-clusters.")
     notes += _advice(network, ImageFiles(folder, readable))
     if len(readable) < ENOUGH * n_clusters:
         notes.append(f"{len(readable)} images are about {len(readable) // n_clusters} a cluster: "
@@ -123,30 +140,58 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
 
 
 def _features(network, folder: Path, paths: list[str], n_clusters: int):
-    """Features float32 of the images that can be read, and path -> reason of the others."""
+    """Features float32 of the images that can be read, and what was found out about the files:
+
+    {"unreadable": path -> reason, "constant": paths, "pages": path -> page taken}.
+    """
     files, name = ReadableFiles(folder, paths), folder.resolve().name
     sizes = (max(image.shape[:2]) for path, image in zip(paths, files, strict=False)
              if path not in files.unreadable)  # known once the image was asked for
-    if next(sizes, 0) <= LARGEST_ARRAY_PX:  # decoded at once, as `load_dataset` does it
+
+    def told() -> dict:  # features from the cache have not seen every file
         for i in set(range(len(paths))) - files.seen:
             files[i]
+        return {"unreadable": files.unreadable, "constant": sorted(files.constant),
+                "pages": files.pages}
+
+    if next(sizes, 0) <= LARGEST_ARRAY_PX:  # decoded at once, as `load_dataset` does it
+        found = told()
         readable = [path for path in paths if path not in files.unreadable]
         _check_number(folder, len(readable), n_clusters, len(files.unreadable))
         images = read_images(folder, readable)
-        return np.asarray(cached_features(network, ImageDataset(name, None, images))
-                          ), files.unreadable
+        return np.asarray(cached_features(network, ImageDataset(name, None, images))), found
     dataset = ImageDataset(name, None, files)  # photos: decoded while the network computes
     features = cached_features(network, dataset)
+    found = cache.record("files", name, dataset.fingerprint, [ReadableFiles], told)
+    kept = np.array([path not in found["unreadable"] for path in paths])
+    _check_number(folder, int(kept.sum()), n_clusters, len(found["unreadable"]))
+    return np.asarray(features[kept]), found
 
-    def unreadable_files() -> dict:  # features from the cache have not seen every file
-        for i in set(range(len(paths))) - files.seen:
-            files[i]
-        return files.unreadable
 
-    unreadable = cache.record("unreadable", name, dataset.fingerprint, [], unreadable_files)
-    kept = np.array([path not in unreadable for path in paths])
-    _check_number(folder, int(kept.sum()), n_clusters, len(unreadable))
-    return np.asarray(features[kept]), unreadable
+def _about_files(told: dict, readable: list[str]) -> list[str]:
+    """Sentences about files that may not be what they were meant to be, and folders likewise."""
+    notes = []
+    if told["constant"]:
+        notes.append(f"{_of_one_color(told, readable)}: look at these files, and replace or delete "
+                     f"them (docs/your_own_images.md says how each kind is read).")
+    if told["pages"]:
+        pages = [f"{path} ({page})" for path, page in sorted(told["pages"].items())]
+        notes.append(f"Of files with several pages the first that is not of one colour was taken: "
+                     f"{_three(pages)}.")
+    if splits := split_folders(readable):
+        are = "are not" if labels_from_folders(readable, ())[0] is None else "are"
+        notes.append(f"Folders named like the splits of a data set ({_three(splits)}) {are} taken "
+                     f"as classes: pass one of them alone, if that is what you want clustered.")
+    return notes
+
+
+def _of_one_color(told: dict, readable: list[str]) -> str:
+    return (f"{len(told['constant'])} of {len(readable)} images are of one colour throughout "
+            f"({_three(told['constant'])})")
+
+
+def _three(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def write_csv(found: FolderClusters, path: Path) -> None:

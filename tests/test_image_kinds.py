@@ -1,0 +1,248 @@
+"""Kinds of image files: transparent, of many bits, of many pages, badly tagged, oddly named."""
+
+import io
+import os
+import struct
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tsp_utils import load_dataset
+from tsp_utils.image_folders import find_images
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(Tag data|Metadata Warning|Corrupt EXIF)")
+
+SEEN = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+GREY = SEEN[..., 0]
+ALPHA = np.uint8([0, 255])[np.add.outer(np.arange(40), np.arange(30)) % 3 // 2]  # stripes
+
+
+def decoded(path) -> np.ndarray:
+    """The one image of a folder of its own, as a network is given it: [H,W,1 or 3]."""
+    assert os.listdir(path.parent) == [path.name]
+    return load_dataset(path.parent).images[0]
+
+
+def in_a_folder(folder, name, image, **options):
+    folder.mkdir(parents=True)
+    image.save(folder / name, **options)
+    return decoded(folder / name)
+
+
+def transparent(kind: str, hidden: int):
+    """An image whose ALPHA is 0 where a hidden colour lies, and what to pass to `save`."""
+    color, grey = SEEN.copy(), GREY.clip(50)
+    color[ALPHA == 0], grey[ALPHA == 0] = hidden, hidden
+    color[ALPHA > 0] = color[ALPHA > 0].clip(50)  # the hidden colour is nowhere else
+    if kind == "RGBA":
+        return Image.fromarray(np.dstack([color, ALPHA])), {}
+    if kind == "LA":
+        return Image.fromarray(np.dstack([grey, ALPHA])), {}
+    if kind == "RGB":
+        return Image.fromarray(color), {"transparency": (hidden,) * 3}
+    if kind == "I;16":
+        return Image.fromarray(grey.astype(np.uint16) << 8), {"transparency": hidden << 8}
+    if kind == "P":
+        image = Image.fromarray(np.where(ALPHA > 0, grey, 3).astype(np.uint8)).convert("P")
+        palette = np.repeat(np.arange(256), 3).reshape(256, 3)
+        palette[3] = hidden
+        image.putpalette(palette.astype(np.uint8).tobytes())
+        return image, {"transparency": 3}
+    return Image.fromarray(grey), {"transparency": hidden}
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("a.png", "RGBA"), ("a.tif", "RGBA"), ("a.webp", "RGBA"), ("a.png", "LA"), ("a.tif", "LA"),
+    ("a.png", "P"), ("a.gif", "P"), ("a.png", "RGB"), ("a.png", "L"), ("a.png", "I;16")])
+def test_what_is_invisible_never_decides(tmp_path, name, kind):
+    lossless = {"lossless": True, "exact": True} if name == "a.webp" else {}
+    found = []
+    for hidden in (0, 40):
+        image, options = transparent(kind, hidden)
+        found.append(in_a_folder(tmp_path / str(hidden), name, image, **options, **lossless))
+    assert np.array_equal(*found) and (found[0][ALPHA == 0] == 128).all()
+    wanted = SEEN.clip(50) if kind in ("RGBA", "RGB") else GREY.clip(50)[..., None]
+    assert (found[0][ALPHA > 0] == wanted[ALPHA > 0]).all()
+
+
+@pytest.mark.parametrize("color", [0, 255])
+@pytest.mark.parametrize("n_channels", [1, 3])
+def test_drawings_in_alpha_alone_are_seen_be_they_black_or_white(tmp_path, color, n_channels):
+    plain = np.full((40, 30, n_channels), color, np.uint8)
+    image = Image.fromarray(np.dstack([plain, ALPHA]))
+    found = in_a_folder(tmp_path / "set", "a.png", image)
+    assert found.shape[2] == n_channels
+    assert (found == np.where(ALPHA > 0, color, 128)[..., None]).all()
+
+
+FULL = GREY.copy()
+FULL[0, :2] = 0, 255
+FRACTIONS = FULL / np.float32(255)
+
+
+@pytest.mark.parametrize("name, stored, wanted", [
+    ("a.tif", FRACTIONS, FULL),  # [0, 1]
+    ("a.tif", FRACTIONS * 1.2 - 0.1, FULL * 1.2 - 25.5),  # as resampling passes them
+    ("a.tif", FRACTIONS * 2 - 1, FULL),  # [-1, 1]
+    ("a.tif", FRACTIONS * 1e-9, FULL * (1e-9 * 16**7.)),
+    ("a.tif", FRACTIONS + 300, FULL),  # few greys of 4,096 would be left
+    ("a.tif", FULL.astype(np.float32), FULL),
+    ("a.tif", np.where(FULL == 255, np.nan, FRACTIONS), np.where(FULL == 255, 128, FULL)),
+    ("a.tif", np.where(FULL == 255, np.inf, FRACTIONS), FULL),
+    ("a.tif", FULL.astype(np.int32), FULL),
+    ("a.tif", (FULL > 99).astype(np.int32), 255 * (FULL > 99)),
+    ("a.tif", FULL.astype(np.int32) * 4096, FULL),  # 20 bits
+    ("a.tif", FULL.astype(np.int32) * 16 - 2048, FULL / 2 + 64),  # 12 bits with a sign
+    ("a.tif", FULL.astype(np.int32) + 10**9, FULL),
+    ("a.tif", FULL.astype(np.uint16) * 16, FULL),  # 12 bits
+    ("a.png", FULL.astype(np.uint16) * 16 + 15, FULL),
+    ("a.pgm", FULL.astype(np.uint16) * 16, FULL),
+    ("a.png", FULL.astype(np.uint16) * 64, FULL / 4),  # 14 bits, as ever
+    ("a.png", FULL.astype(np.uint16) * 257, FULL),
+    ("a.tif", np.full((40, 30), 40_000, np.uint16), np.full((40, 30), 156)),  # blank is blank
+    ("a.tif", np.zeros((40, 30), np.float32), np.zeros((40, 30))),
+    ("a.tif", np.full((40, 30), np.nan, np.float32), np.full((40, 30), 128))])
+def test_many_bits_and_fractions_are_scaled_by_one_rule(tmp_path, name, stored, wanted):
+    if stored.dtype == np.float64:
+        stored = stored.astype(np.float32)
+    found = in_a_folder(tmp_path / "set", name, Image.fromarray(stored))
+    assert found.shape == (40, 30, 1)
+    assert np.abs(found[..., 0] - np.clip(wanted, 0, 255)).max() <= 1.01  # cut, not rounded
+
+
+@pytest.mark.parametrize("name, blank", [("a.tif", 255), ("a.gif", 0), ("a.webp", 0)])
+def test_the_first_page_that_is_not_blank_is_taken(tmp_path, name, blank):
+    cover, page = Image.new("L", (30, 40), blank), Image.fromarray(GREY)
+    flipped = page.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    options = {"save_all": True} | ({"lossless": True} if name == "a.webp" else {})
+    for i, pages in enumerate(([cover, page, flipped], [page, cover, flipped], [cover, cover])):
+        found = in_a_folder(tmp_path / str(i), name, pages[0], append_images=pages[1:], **options)
+        assert (found == (blank if i == 2 else GREY[..., None])).all()
+
+
+def exif(*tags) -> bytes:
+    """Tags (number, type, count, 4 bytes) in a block of their own, then 16 bytes for offsets."""
+    entries = b"".join(struct.pack("<HHI", *tag[:3]) + tag[3] for tag in tags)
+    return (b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+            + struct.pack("<IIII", 1, 0, 1, 0))
+
+
+TURN = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
+MAKE, GPS = 0x010F, 0x8825
+TAGS = {
+    "a Make of type RATIONAL": exif((MAKE, 5, 1, struct.pack("<I", 38)), TURN),
+    "a Make that lies behind the end": exif((MAKE, 2, 99, struct.pack("<I", 9999)), TURN),
+    "a Make of an unknown type": exif((MAKE, 77, 1, bytes(4)), TURN),
+    "GPS that leads nowhere": exif(TURN, (GPS, 4, 1, struct.pack("<I", 9999))),
+    "GPS that is no number": exif(TURN, (GPS, 2, 4, b"here")),
+    "an orientation of four bytes": exif((0x0112, 4, 1, struct.pack("<I", 6))),
+    "an orientation as a byte": exif((0x0112, 1, 1, b"\6\0\0\0")),
+    "an orientation as text": exif((0x0112, 2, 2, b"6\0\0\0")),
+    "an orientation twice": exif((0x0112, 3, 2, struct.pack("<HH", 6, 6))),
+}
+
+
+@pytest.mark.parametrize("tags", TAGS)
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+def test_a_photo_is_turned_whatever_its_other_tags_are(tmp_path, tags, name):
+    image = Image.fromarray(np.tile(np.uint8([0, 255])[np.arange(32) // 16], (16, 1)))
+    turned = in_a_folder(tmp_path / "set", name, image, exif=TAGS[tags], quality=95)
+    assert turned.shape[:2] == (32, 16)
+    assert turned[:14].max() < 30 and turned[18:].min() > 225  # the right side comes below
+
+
+@pytest.mark.parametrize("tags", [
+    b"Exif\0\0", b"Exif\0\0no tags at all", exif(TURN)[:20],
+    exif((0x0112, 5, 1, struct.pack("<I", 34))), exif((0x0112, 3, 1, b"\x63\0\0\0"))])
+def test_a_photo_whose_orientation_cannot_be_read_stays_as_it_is(tmp_path, tags):
+    image = in_a_folder(tmp_path / "set", "a.png", Image.fromarray(SEEN), exif=tags)
+    assert np.array_equal(image, SEEN)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_applied_once_in_every_format(tmp_path, orientation):
+    tag, found = Image.Exif(), []
+    tag[0x0112] = orientation
+    for name in ("a.png", "a.tif", "a.webp"):
+        options = {"lossless": True} if name == "a.webp" else {}
+        found.append(in_a_folder(tmp_path / name, name, Image.fromarray(SEEN), exif=tag, **options))
+    sideways = SEEN.transpose(1, 0, 2)
+    wanted = [SEEN, SEEN[:, ::-1], SEEN[::-1, ::-1], SEEN[::-1], sideways, sideways[:, ::-1],
+              sideways[::-1, ::-1], sideways[::-1]][orientation - 1]
+    assert all(np.array_equal(image, wanted) for image in found)
+
+
+def packed(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(SEEN).save(file, kind)
+    return file.getvalue()
+
+
+def test_images_are_found_by_content_and_the_rest_is_counted_by_kind(tmp_path):
+    files = {"a.jfif": packed("JPEG"), "b.avif": packed("AVIF"), "no ending": packed("PNG"),
+             "c.PNG": packed("PNG"), "d.jp2": packed("JPEG2000"), "e.dat": packed("TIFF"),
+             "f.tga": packed("TGA"), "g.ico": packed("ICO"), "h.jpg.part 1": packed("JPEG"),
+             "text.png": b"a text, named as an image"}
+    others = {"notes.txt": b"text", "more.TXT": b"P5 is a road", "README": b"",
+              "IMG_1.HEIC": bytes(4) + b"ftypheic" + bytes(99), "raw.NEF": packed("TIFF"),
+              "IMG_2.HEIC": struct.pack(">I", 24) + b"ftypmif1" + bytes(4) + b"mif1heic" + bytes(9),
+              "film.mpg": b"\0\0\1\xb3" + bytes(99), "zeros.bin": bytes(9999),
+              ".DS_Store": b"x", "._a.jpg": packed("JPEG"),
+              "data.h5": b"\x89HDF\r\n\x1a\n" + bytes(99)}
+    for name, content in (files | others).items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "gone").symlink_to("nowhere")
+    assert find_images(tmp_path) == sorted(files)
+    for name in files.keys() - {"text.png"}:
+        (tmp_path / "one" / name).mkdir(parents=True)
+        (tmp_path / name).rename(tmp_path / "one" / name / name)
+        assert decoded(tmp_path / "one" / name / name).shape[2] == 3
+    counted = Counter()
+    find_images(tmp_path, counted)
+    assert counted == {".txt": 2, ".heic": 2, ".nef": 1, ".mpg": 1, ".bin": 1, ".h5": 1,
+                       "hidden": 2, "without an ending": 2}
+
+
+def test_an_image_too_large_to_read_is_named_whatever_its_ending(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "no ending", "PNG")
+    with pytest.raises(OSError, match=r"no ending cannot be read .*exceeds limit"):
+        load_dataset(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_that_would_wait_for_ever_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    counted = Counter()
+    assert find_images(tmp_path, counted) == [] and counted == {"without an ending": 1}
+
+
+JUNK = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found", ".thumbs")
+
+
+def test_junk_folders_are_left_out_and_counted_and_none_becomes_a_class(tmp_path):
+    places = [*JUNK, "cats", "dogs", "cats/@eaDir/0.png", "dogs/deep/.git", "dogs/Lost+Found"]
+    for i, place in enumerate(places):
+        (tmp_path / place).mkdir(parents=True)
+        Image.fromarray(SEEN + np.uint8(i)).save(tmp_path / place / "0.png")
+    (tmp_path / "lost+found" / "more").mkdir()
+    (tmp_path / "lost+found" / "more" / "file").touch()
+    dataset = load_dataset(tmp_path)
+    assert dataset.paths == ("cats/0.png", "dogs/0.png") and dataset.classes == ("cats", "dogs")
+    counted = Counter()
+    find_images(tmp_path, counted)
+    assert counted == {f"in {name}": 1 for name in JUNK[:5]} | {
+        "in @eaDir": 2, "in lost+found": 2, "in Lost+Found": 1, "in hidden folders": 2}
+
+
+@pytest.mark.parametrize("names, classes", [
+    (("train", "test"), ()), (("Training", "VALIDATION", "dev"), ()),
+    (("cats", "test"), ("cats", "test"))])
+def test_splits_are_no_classes(tmp_path, caplog, names, classes):
+    for name in names:
+        (tmp_path / name / "deeper").mkdir(parents=True)
+        Image.fromarray(SEEN).save(tmp_path / name / "deeper" / "0.png")
+    dataset = load_dataset(tmp_path)
+    assert dataset.classes == classes and (dataset.labels is None) == (not classes)
+    assert ("without labels" in caplog.text) == (not classes)
