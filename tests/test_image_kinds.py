@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tsp_utils import load_dataset
-from tsp_utils.image_folders import find_images
+from tsp_utils.image_folders import ReadableFiles, find_images, labels_from_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(Tag data|Metadata Warning|Corrupt EXIF)")
 
@@ -65,6 +65,33 @@ def test_what_is_invisible_never_decides(tmp_path, name, kind):
     assert np.array_equal(*found) and (found[0][ALPHA == 0] == 128).all()
     wanted = SEEN.clip(50) if kind in ("RGBA", "RGB") else GREY.clip(50)[..., None]
     assert (found[0][ALPHA > 0] == wanted[ALPHA > 0]).all()
+
+
+def test_grey_that_was_multiplied_by_its_alpha_is_read(tmp_path):
+    image, _ = transparent("LA", 0)
+    image.convert("LA").save(tmp_path / "plain.tif")
+    content = (tmp_path / "plain.tif").read_bytes()
+    tag = struct.pack("<HHIHH", 338, 3, 1, 2, 0)  # ExtraSamples: alpha of its own
+    assert content.count(tag) == 1
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.tif").write_bytes(content.replace(tag, tag[:8] + b"\x01\0\0\0"))
+    found = decoded(tmp_path / "set" / "a.tif")
+    assert (found[ALPHA == 0] == 128).all()
+    assert np.array_equal(found[ALPHA > 0][:, 0], GREY.clip(50)[ALPHA > 0])
+
+
+def test_a_folder_that_goes_on_takes_slices_and_counts_what_it_was_asked_for(tmp_path):
+    for i in range(3):
+        Image.fromarray(SEEN).save(tmp_path / f"{i}.png")
+    files = ReadableFiles(tmp_path, ["0.png", "1.png", "2.png"])
+    assert len(files[:2]) == 2 and files.seen == set()
+    assert len(list(files)) == 3 and files.seen == {0, 1, 2}
+
+
+def test_splits_are_no_classes_whatever_classes_a_set_has():
+    paths = ["test/b.png", "train/a.png"]
+    for official in ((), ("cat", "dog")):
+        assert labels_from_folders(paths, official) == (None, ())
 
 
 @pytest.mark.parametrize("color", [0, 255])

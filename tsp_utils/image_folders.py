@@ -14,10 +14,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageSequence, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-IMAGE_SUFFIXES = (  # taken for images as they are, and named where they are none
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff",
-    ".ppm", ".pgm", ".jp2", ".tga",
-)  # fmt: skip
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif",
+                  ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".tga")  # named where they are no images
 # What Pillow knows by name alone, or names without the means to decode it: never by content.
 NOT_BY_CONTENT = {"BUFR", "DIB", "EPS", "GRIB", "HDF5", "IM", "IMT", "IPTC", "MPEG", "PCD",
                   "SPIDER", "TGA", "WMF"}
@@ -28,10 +26,9 @@ JUNK = {"@eadir", "@__thumb", "@recycle", "#recycle", "#snapshot", "$recycle.bin
         "__macosx", "lost+found", "system volume information"}
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 GROUND = 128  # grey under what is transparent: black and white drawings both stand out from it
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}  # by EXIF's orientation
+T = Image.Transpose
+TURNS = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE,
+         6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}  # by EXIF's orientation
 LARGEST_ARRAY_PX = 64  # images up to this size are held in memory, larger ones decoded on access
 DECODE_CHUNK = 250  # files a task of the thread pool
 PROGRESS_FROM = 2000  # files; fewer are decoded before a progress bar could be read
@@ -93,16 +90,19 @@ class ReadableFiles(ImageFiles):
             return b""
 
     def __getitem__(self, index):
+        if isinstance(index, slice):
+            return super().__getitem__(index)
+        path = self.paths[index]  # an IndexError ends an iteration
         self.seen.add(index)
         try:
             image, page = self._with_page(index)
         except OSError as error:
-            self.unreadable[self.paths[index]] = str(error)
+            self.unreadable[path] = str(error)
             return np.full(self._shape, 128, np.uint8)
         if page:
-            self.pages[self.paths[index]] = page
+            self.pages[path] = page
         if _is_constant(image):
-            self.constant.add(self.paths[index])
+            self.constant.add(path)
         self._shape = image.shape  # so that backbones for images of one size go on, too
         return image
 
@@ -149,10 +149,9 @@ def _holds_image(path: str) -> bool:
     if path.lower().endswith(RAW_SUFFIXES):
         return False
     Image.init()
-    by_content = [kind for kind in Image.ID if kind not in NOT_BY_CONTENT]
     try:
         with open(path, "rb") if os.path.isfile(path) else io.BytesIO() as file:  # no pipe waits
-            Image.open(file, formats=by_content)
+            Image.open(file, formats=[kind for kind in Image.ID if kind not in NOT_BY_CONTENT])
         return True
     except Exception as error:  # each of Pillow's formats raises kinds of its own
         return isinstance(error, Image.DecompressionBombError)  # an image: named when it is read
@@ -240,7 +239,8 @@ def _pixels(image: Image.Image) -> np.ndarray:
     grey = image.mode in ("L", "LA", "La", "1")
     if image.has_transparency_data:
         ground = Image.new("RGBA", image.size, (GROUND, GROUND, GROUND, 255))
-        image = Image.alpha_composite(ground, image.convert("RGBA"))
+        whole = image.convert("LA") if image.mode == "La" else image  # Pillow needs a step between
+        image = Image.alpha_composite(ground, whole.convert("RGBA"))
     pixels = np.asarray(image.convert("L" if grey else "RGB"))
     return pixels[:, :, None] if grey else pixels
 
@@ -289,8 +289,8 @@ def labels_from_folders(paths, official) -> tuple[np.ndarray | None, tuple[str, 
     named as splits are (SPLITS).
     """
     found = sorted({path.split("/")[0] for path in paths})
-    no_classes = len(found) < 2 or found == split_folders(paths)
-    if any("/" not in path for path in paths) or (no_classes and not official):
+    no_classes = found == split_folders(paths) or (len(found) < 2 and not official)
+    if any("/" not in path for path in paths) or no_classes:
         return None, ()
     number = {c.replace("/", "_"): i for i, c in enumerate(official)}  # no "/" in a folder's name
     if set(found) <= set(number):

@@ -135,9 +135,10 @@ def pretrain_contrastive(images, recipe: ContrastiveRecipe | None = None, *, bud
                          n_reports: int = 20, callback=None) -> Contrastive:
     """Train a backbone within a budget of images seen; returns the run (`.backbone`, `.log`).
 
-    images uint8 [N, H, W, 3], without labels. `callback(run, entry)` is called n_reports times,
-    for read-outs. Raises ValueError for a budget of 0 or images of another shape or type;
-    RuntimeError for a run that diverged.
+    images uint8 [N, H, W, 3], without labels. `callback(run, entry)` is called n_reports times, or
+    after each step of fewer, for read-outs. The backbone is left ready to be used.
+    Raises ValueError for a budget of 0 or images of another shape or type; RuntimeError for a run
+    that diverged.
     """
     recipe = recipe or ContrastiveRecipe()
     if budget_images < 1:
@@ -155,4 +156,5 @@ def pretrain_contrastive(images, recipe: ContrastiveRecipe | None = None, *, bud
                             "loss": float(loss)})
             if callback is not None:
                 callback(run, run.log[-1])
+    run.backbone.eval()
     return run
