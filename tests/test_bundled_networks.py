@@ -162,6 +162,23 @@ def test_the_page_of_the_search_is_its_record():
     assert 100 * found == pytest.approx(record["library"][0]["cons"], abs=0.01)
 
 
+def test_the_trials_by_contrast_are_their_record():
+    page = " ".join((REPOSITORY / "docs" / "pretraining.md").read_text().split())
+    record = json.loads((REPOSITORY / "docs" / "contrast.json").read_text())
+    said = [f"| {t['setting']} | {t['knn']:.2f} |" for t in record["short_runs"]]
+    said.append(f"({record['images of a short run']:,} images each")
+    other, spread = record["temperature 0.4"], record["deviation of lengths over mean"]
+    means = [f"{np.mean(acc):.1f} +- {np.std(acc, ddof=1):.1f}"
+             for acc in (other["k-means"], other["head"])]
+    said += [f"for {other['log'][-1]['images_seen']:,} images",
+             f"at {other['log'][-1]['knn_tinyimagenet_val']:.2f} on Tiny-ImageNet",
+             f"a consistency of {other['consistency@20']:.1f}, K-means {means[0]} and heads "
+             f"{means[1]}", f"{spread['resnet_contrast_cifar10_4k']:.2f} of their mean"]
+    assert len(record["short_runs"]) == 5 and [words for words in said if words not in page] == []
+    best = max(record["short_runs"], key=lambda trial: trial["knn"])
+    assert best["setting"] == f"temperature {ARMS['resnet_contrast'].recipe.temperature}"
+
+
 @pytest.mark.parametrize("name", VECTOR_BACKBONES)
 def test_vectors_of_c5_are_fifty_images_of_each_class_fixed_beforehand(name):
     found = load_vectors("tinyimagenet32", name, "val")
