@@ -1,9 +1,11 @@
 """The exercises and the students' copies: solutions pass, stubs fail, each in one sentence."""
 
 import importlib.util
+import json
 import re
 import sys
 from functools import cache
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -233,8 +235,9 @@ def test_the_copies_are_fresh():
     there = {path.name for path in make_student.STUDENT.iterdir()} - {"__pycache__",
                                                                       ".ipynb_checkpoints"}
     assert there == set(made) == {path.name for path in PATHS} | {"checks.py"}
-    old = [name for name, text in made.items()
-           if (make_student.STUDENT / name).read_text(encoding="utf-8") != text]
+    parsed = {".ipynb": json.loads, ".py": str}  # how JSON is laid out is nbformat's
+    old = [name for name, text in made.items() for read in [parsed[Path(name).suffix]]
+           if read((make_student.STUDENT / name).read_text(encoding="utf-8")) != read(text)]
     assert old == [], f"run make student: {old}"
     assert make_student.worked_in(make_student.STUDENT) == []
 
@@ -253,7 +256,7 @@ def test_a_copy_has_no_outputs_no_solutions_and_its_stubs(copies):
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
         text = "\n".join(cell.source for cell in notebook.cells)
-        assert "SOLUTION" not in text and "pip install" not in text
+        assert "SOLUTION" not in text and "OWNER" not in text  # an address would make it stale
         assert not any("solution" in tags_of(cell) or "jupyter" in cell.metadata
                        for cell in notebook.cells)
         stubs += len(re.findall(r"^ +raise NotImplementedError\(|^\w+ = \.\.\.$", text, re.M))
@@ -334,6 +337,8 @@ def test_the_cells_carry_what_nbgrader_wants():
             assert bool(found) == bool(grader)
             if found:
                 grades = found == {"check"}
+                printed = "".join("".join(output["text"]) for output in cell["outputs"])
+                assert bool(re.fullmatch(r"Exercise \d\d\.\d: right\.\n", printed)) == grades
                 assert (grader["grade"], grader["solution"]) == (grades, not grades)
                 assert grader["locked"] == grades and grader["schema_version"] == 3
                 assert grader.get("points") == (1 if grades else None)
