@@ -13,7 +13,7 @@ VENV_STAMP := .venv/.complete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cpu reproduce paper-mini paper-vectors pretrain-paper test test-quick notebooks refresh figures api links dist bench clean
+.PHONY: help setup setup-cpu reproduce paper-mini paper-vectors pretrain-paper test test-quick notebooks refresh figures student api links dist bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ paper-vectors: $(VENV_STAMP)  ## its vectors as a file to send or to keep (7.7 M
 
 pretrain-paper: $(VENV_STAMP)  ## pretrain the 224-px arms that the paper's Figs 4b, 6 and 7a need (one GPU)
 	@for arm in $(PRETRAIN_ARMS); do $(PYTHON) -m experiments pretrain $$arm || exit 1; done
+
+student: $(VENV_STAMP)  ## make the students' copies in student/: no outputs, stubs for solutions, boxes for predictions
+	@$(PYTHON) docs/make_student.py
 
 api: $(VENV_STAMP)  ## write docs/api.md from the docstrings
 	@$(PYTHON) docs/make_api.py

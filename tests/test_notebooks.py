@@ -42,11 +42,11 @@ def test_its_cells_are_those_of_a_lesson(path):
     lengths = [len(lines) for lines in cells_of_lines]  # 3 to 8, 20 at most: one question, one cell
     assert statistics.median(lengths) <= 8 and max(lengths) <= 20
     assert [line for lines in cells_of_lines for line in lines if len(line) > 100] == []
-    if path != PATHS[0]:  # exercises, and their solutions at the end
-        (exercises,) = [cell for cell in cells_of(path) if cell["cell_type"] == "markdown"
-                        and re.search(r"^#+ Exercises", source_of(cell), re.M)]
-        solutions = tagged(cells, "solution")
-        assert cells.index(solutions[0]) > cells.index(exercises) and solutions[-1] is cells[-1]
+    (exercises,) = [cell for cell in cells if cell["cell_type"] == "markdown"
+                    and re.search(r"^#+ Exercises", source_of(cell), re.M)]
+    last = cells[cells.index(exercises) + 1:]  # questions, solutions and checks (test_student.py)
+    assert last and tagged(last, "exercise") == last
+    assert tagged(cells, "solution") == tagged(last, "solution") != []
 
 
 @each
