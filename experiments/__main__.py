@@ -25,6 +25,8 @@ EXPERIMENTS = {
                "features of the paper's networks by the official code, from seeded weights"),
     "heads": ("heads", "run_heads_compared", "every head, ten seeds (an hour)"),
     "quality": ("quality", "climb", "what a head adds on every rung of feature quality"),
+    "stability": ("stability", "read_stability", "do two fits agree (half an hour)?"),
+    "photos": ("photos", "read_kinds", "backbones by kind of image (docs/your_own_images.md)"),
     "official-rivals": ("official_rivals", "official_rivals",
                         "SCAN's and TEMI's published training code beside ours"),
 }
@@ -47,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     makers["paper-vectors"].add_argument("--train", action="store_true",
                                          help="those of the 50,000 training images as well")
     makers["parity"].add_argument("dino", help="folder of a clone of facebookresearch/dino")
+    makers["photos"].add_argument("folder", help="into which two Debian packages were unpacked")
     makers["official-rivals"].add_argument("folder", help="folder of two clones, scan and temi")
     return top
 

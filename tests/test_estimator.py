@@ -1,10 +1,12 @@
 """The estimator: scikit-learn's own checks, the library's heads, held-out images, bad input."""
 
 import copy
+import itertools
 import warnings
 
 import numpy as np
 import pytest
+from scipy.special import log_softmax, softmax
 from sklearn.base import clone
 from sklearn.datasets import make_blobs
 from sklearn.metrics import adjusted_rand_score
@@ -35,8 +37,11 @@ def test_scikit_learns_own_checks_all_of_them():
     check_estimator(TSPClustering(n_init=2, max_epochs=10, min_steps=200))  # a tenth of the time
 
 
-def test_it_is_the_librarys_code(fitted):
-    features = scale_features(X)
+def test_the_best_head_alone_is_the_librarys_code():
+    fitted, features = TSPClustering(4, keep="best", **QUICK).fit(X), scale_features(X)
+    assert fitted.votes_.tolist() == [1] and (fitted.stability_ == 1).all()
+    logits = X @ fitted.coef_[0].T + fitted.intercept_[0]
+    np.testing.assert_allclose(fitted.transform(X), log_softmax(logits, axis=1), atol=1e-9)
     seeds = np.random.RandomState(0).randint(2**31 - 1, size=3).tolist()
     heads = init_heads(features, 4, seeds)
     curves = train_heads(heads, features, nearest_neighbors(features, 20), max_epochs=20,
@@ -50,11 +55,31 @@ def test_it_is_the_librarys_code(fitted):
                                    atol=1e-5)
 
 
+def test_all_heads_vote_by_hand():
+    """Heads that name the clusters otherwise are renumbered; each weighs by its loss."""
+    fitted = TSPClustering(4, n_init=3, max_epochs=2, min_steps=1, random_state=0).fit(X[:100])
+    gaps = np.sort(fitted.losses_ - fitted.losses_.min())
+    wanted = np.exp(-gaps / 0.02)
+    assert fitted.votes_ == pytest.approx(wanted[:len(fitted.votes_)] / wanted[
+        :len(fitted.votes_)].sum()) and (wanted[len(fitted.votes_):] < 0.01 * wanted.sum()).all()
+    each = softmax(X[:100] @ fitted.coef_.transpose(0, 2, 1) + fitted.intercept_[:, None], axis=2)
+    mean = sum(vote * proba for vote, proba in zip(fitted.votes_, each, strict=True))  # [N, C]
+    assert fitted.predict_proba(X[:100]) == pytest.approx(mean)
+    np.testing.assert_array_equal(fitted.labels_, mean.argmax(1))
+    agree = [vote * (proba.argmax(1) == fitted.labels_)
+             for vote, proba in zip(fitted.votes_, each, strict=True)]
+    assert fitted.stability_ == pytest.approx(sum(agree))
+    for other in each[1:]:  # no renumbering of a head shares more with the best one
+        shared = each[0].T @ other
+        assert max(sum(shared[i, order[i]] for i in range(4)) for order in
+                   itertools.permutations(range(4))) == pytest.approx(np.trace(shared))
+
+
 def test_blobs_are_found_and_predict_is_labels_on_every_row(fitted):
     assert adjusted_rand_score(CLASSES, fitted.labels_) > 0.95
     np.testing.assert_array_equal(fitted.predict(X), fitted.labels_)
     np.testing.assert_array_equal(clone(fitted).fit_predict(X), fitted.labels_)
-    assert fitted.transform(X) == pytest.approx(X @ fitted.coef_.T + fitted.intercept_)
+    assert fitted.transform(X) == pytest.approx(np.log(fitted.predict_proba(X)))
     assert fitted.predict_proba(X).sum(1) == pytest.approx(1)
     assert np.linalg.norm(fitted.scale_ * X, axis=1).mean() == pytest.approx(np.sqrt(8), rel=1e-5)
     assert fitted.get_feature_names_out()[0] == "tspclustering0"
@@ -104,7 +129,7 @@ def test_a_collapse_is_one_of_the_kept_head_when_it_is_finished_on_all_samples()
             for seed in range(12))]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            fitted = TSPClustering(n, **QUICK | settings).fit(x)
+            fitted = TSPClustering(n, keep="best", **QUICK | settings).fit(x)
         told = [warning for warning in caught if "Collapse" in str(warning.message)]
         sizes = np.bincount(fitted.labels_)
         assert len(told) == (fitted.history_["n_nonempty"][-1] < n)
@@ -137,6 +162,7 @@ def test_a_collapse_is_one_of_the_kept_head_when_it_is_finished_on_all_samples()
     (dict(n_neighbors=2), X, "n_neighbors is 2, and Eq. 4"),
     (dict(device="gpu"), X, "device 'gpu' is not there; pass auto, cpu"),
     (dict(device=None), X, "device 'None' is not there; pass auto, cpu"),
+    (dict(keep="some"), X, "keep is 'some'; pass all or best"),
     (dict(init="zeros"), X, "pass k-means or random"),
     (dict(metric="manhattan"), X, "pass one of cosine"),
 ])

