@@ -76,7 +76,7 @@ dist: $(VENV_STAMP)  ## the sdist, and the wheel made from it, in dist/, checked
 	@$(PYTHON) -m build
 	@$(PYTHON) -m twine check --strict dist/*
 
-bench: $(VENV_STAMP)  ## measure speed and memory, print the README's benchmark table
+bench: $(VENV_STAMP)  ## measure speed and memory, print the table of docs/speed.md
 	@$(PYTHON) -m benchmarks.bench
 
 clean:  ## remove caches and executed notebooks (data/, .venv, pretrained arms and paper-mini's record stay)
