@@ -13,7 +13,7 @@ VENV_STAMP := .venv/.complete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cpu reproduce paper-mini paper-vectors pretrain-paper test test-quick notebooks refresh figures api links dist bench clean
+.PHONY: help setup setup-cpu reproduce paper-mini paper-vectors pretrain-paper test test-quick notebooks refresh figures api links rehearse score hero dist bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,15 @@ api: $(VENV_STAMP)  ## write docs/api.md from the docstrings
 
 links: $(VENV_STAMP)  ## write the repository's address, from pyproject.toml, wherever it stands
 	@$(PYTHON) docs/links.py
+
+rehearse: $(VENV_STAMP)  ## the lesson of docs/teaching.md, timed block by block: CACHED=1 for the caches that are there
+	@$(PYTHON) docs/rehearse.py $(if $(CACHED),--cached)
+
+score: $(VENV_STAMP)  ## a loss of your own among those of notebook 10: LOSS=my_loss.py (a minute)
+	@$(PYTHON) docs/score_loss.py "$(LOSS)"
+
+hero: $(VENV_STAMP)  ## draw the README's picture and its film
+	@$(PYTHON) docs/hero.py
 
 dist: $(VENV_STAMP)  ## the sdist, and the wheel made from it, in dist/, checked: needs pip install build twine
 	@$(PYTHON) -m build
