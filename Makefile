@@ -76,10 +76,10 @@ rehearse: $(VENV_STAMP)  ## the lesson of docs/teaching.md, timed block by block
 	@$(PYTHON) docs/rehearse.py $(if $(CACHED),--cached)
 
 score: $(VENV_STAMP)  ## a loss of your own among those of notebook 10: LOSS=my_loss.py (a minute)
-	@$(PYTHON) docs/score_loss.py "$(LOSS)"
+	@$(PYTHON) -m docs.score_loss "$(LOSS)"
 
 hero: $(VENV_STAMP)  ## draw the README's picture and its film
-	@$(PYTHON) docs/hero.py
+	@$(PYTHON) -m docs.hero
 
 dist: $(VENV_STAMP)  ## the sdist, and the wheel made from it, in dist/, checked: needs pip install build twine
 	@$(PYTHON) -m build

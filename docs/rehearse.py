@@ -47,11 +47,11 @@ class Block(NamedTuple):
 
 LESSON = (
     Block("the idea", 10, 2, "00_overview", "00-04"),
-    Block("neighbours", 10, 2, "02_neighbor_consistency", "02-07"),
-    Block("hubs", 8, 1, "02_neighbor_consistency", "02-10"),
+    Block("neighbours", 13, 2, "02_neighbor_consistency", "02-07"),
+    Block("hubs", 6, 1, "02_neighbor_consistency", "02-10"),
     Block("seeing them", 5, 1, "02_neighbor_consistency", "02-16"),
     Block("weights", 7, 1, "02_neighbor_consistency", "02-21"),
-    Block("the loss", 8, 1, "03_head_training", "03-06"),
+    Block("the loss", 7, 1, "03_head_training", "03-06"),
     Block("start and training", 15, 3, "03_head_training", "03-11"),
     Block("against K-means", 11, 2, "03_head_training", "03-22"),
     Block("collapse", 6, 1, "03_head_training", "03-25"),

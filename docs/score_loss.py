@@ -28,16 +28,14 @@ def read_loss(path: Path) -> Rival:
     if not path.is_file():
         raise ValueError(f"There is no file {path}; pass the Python file of a loss, for example "
                          f"docs/example_loss.py.")
-    loaded = sys.modules.get(path.stem)
-    if loaded and getattr(loaded, "__file__", None) != str(path):
-        raise ValueError(f"{path.stem} is the name of a Python module already; rename the file.")
     if path.stem in (*head_comparison.METHODS, *head_comparison.ABLATIONS):
         raise ValueError(f"{path.stem} is a head of notebook 10 already; rename the file.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"loss_of_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is no Python file; pass one that ends in .py.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # the cache follows its code from there
+    sys.modules[name] = module  # the cache follows its code from there
     try:
         spec.loader.exec_module(module)
     except Exception as error:

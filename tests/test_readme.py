@@ -162,7 +162,7 @@ def test_the_readme_s_table_is_of_the_committed_ones_and_of_the_paper():
     ]
     table = re.search(r"^\| CIFAR-10.*?\n\n", README, re.M | re.S)[0].splitlines()
     assert table[2:-1] == [f"| {' | '.join(row)} |" for row in wanted]
-    assert f"(TSP's: {ours('small/heads', method='tsp', **heads)['acc_mean']:.1f})" in README
+    assert f"(TSP's then: {ours('small/heads', method='tsp', **heads)['acc_mean']:.1f})" in README
 
 
 def test_what_the_readme_says_was_learned_is_in_the_tables():
