@@ -172,7 +172,7 @@ def animation(found):
         titles = {"loss": "loss: no label in it", "acc": "ACC (%): labels, to score only"}
         for row, (name, title) in enumerate(titles.items()):
             ax = figure.add_axes((0.6, 0.55 - 0.45 * row, 0.37, 0.28))
-            ax.plot(curve["epoch"], curve[name], color="0.85")
+            ax.plot(curve["epoch"], curve[name], alpha=0)  # the axes' limits, and no foresight
             ax.plot(curve["epoch"][: at + 1], curve[name][: at + 1], color="#d9480f")
             ax.plot(curve["epoch"][at], curve[name][at], "o", color="#d9480f")
             ax.set_title(f"{title}: {curve[name][at]:.1f}", fontsize=10, loc="left")
