@@ -13,7 +13,7 @@ VENV_STAMP := .venv/.complete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cpu reproduce paper-mini paper-vectors pretrain-paper test test-quick notebooks refresh figures student api links dist bench clean
+.PHONY: help setup setup-cpu reproduce paper-mini paper-vectors pretrain-paper test test-quick notebooks refresh figures student api links rehearse score hero dist bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,11 +75,20 @@ api: $(VENV_STAMP)  ## write docs/api.md from the docstrings
 links: $(VENV_STAMP)  ## write the repository's address, from pyproject.toml, wherever it stands
 	@$(PYTHON) docs/links.py
 
+rehearse: $(VENV_STAMP)  ## the lesson of docs/teaching.md, timed block by block: CACHED=1 for the caches that are there
+	@$(PYTHON) docs/rehearse.py $(if $(CACHED),--cached)
+
+score: $(VENV_STAMP)  ## a loss of your own among those of notebook 10: LOSS=my_loss.py (a minute)
+	@$(PYTHON) -m docs.score_loss "$(LOSS)"
+
+hero: $(VENV_STAMP)  ## draw the README's picture and its film
+	@$(PYTHON) -m docs.hero
+
 dist: $(VENV_STAMP)  ## the sdist, and the wheel made from it, in dist/, checked: needs pip install build twine
 	@$(PYTHON) -m build
 	@$(PYTHON) -m twine check --strict dist/*
 
-bench: $(VENV_STAMP)  ## measure speed and memory, print the README's benchmark table
+bench: $(VENV_STAMP)  ## measure speed and memory, print the table of docs/speed.md
 	@$(PYTHON) -m benchmarks.bench
 
 clean:  ## remove caches and executed notebooks (data/, .venv, pretrained arms and paper-mini's record stay)

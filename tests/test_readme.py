@@ -1,16 +1,21 @@
-"""The README and the guide say what the figures say, and name commands that exist."""
+"""The README and the pages it leads to say what the figures say, and name what exists."""
 
 import json
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "figures"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDE = (ROOT / "docs" / "your_own_images.md").read_text(encoding="utf-8")
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])}
+README, RESULTS, GUIDE = (PAGES[name] for name in (
+    "README.md", "docs/results.md", "docs/your_own_images.md"))
+PROSE = ("README.md", "docs/teaching.md", "docs/where_tsp_sits.md")  # held to short sentences
 
 
 def figure(name: str) -> pd.DataFrame:
@@ -24,20 +29,21 @@ def test_results_are_those_of_the_committed_tables(profile):
         by_method = rows.set_index("method")
         cells = [f"{r.acc_mean:.1f} ± {r.acc_std:.1f} | {r.nmi_mean:.1f} | {r.ari_mean:.1f}"
                  for r in (by_method.loc["k-means"], by_method.loc["head"])]
-        assert f"| `{profile}` | {dataset} | `{backbone}` | {' | '.join(cells)} |" in README
+        assert f"| `{profile}` | {dataset} | `{backbone}` | {' | '.join(cells)} |" in RESULTS
     assert (table["n"] == 10).all()
 
 
 def test_the_paper_s_first_row_beside_k_means_on_pixels():
     for r in figure("small/03_kmeans_pixels").query("scored == 'train'").itertuples():
-        assert f"{r.acc_mean:.1f} ± {r.acc_std:.1f} / {r.nmi_mean:.1f} / {r.ari_mean:.1f}" in README
+        assert (f"{r.acc_mean:.1f} ± {r.acc_std:.1f} / {r.nmi_mean:.1f} / {r.ari_mean:.1f}"
+                in RESULTS)
         assert abs(r.acc_mean - 22.9) < 2.5 and abs(r.nmi_mean - 8.7) < 2.5
 
 
 def test_tables_are_the_committed_ones_and_the_ledger_decides_seven_claims():
     for mark, name in (("heads", "offline/heads"), ("icbpl", "small/claims_icbpl"),
                        ("ledger", "small/claims")):
-        text = README.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0].strip()
+        text = RESULTS.split(f"<!-- {mark} -->")[1].split(f"<!-- /{mark} -->")[0].strip()
         assert text == (FIGURES / f"{name}.md").read_text("utf-8").strip()
     claims = figure("small/claims")
     assert list(claims["id"]) == [f"C{i}" for i in range(13)]
@@ -46,12 +52,12 @@ def test_tables_are_the_committed_ones_and_the_ledger_decides_seven_claims():
         assert f"**{row.verdict}**" in re.search(rf"^\| {row.id}\. .*$", text, re.M)[0]
 
 
-def test_the_comparison_of_heads_is_as_wide_as_the_readme_says():
+def test_the_comparison_of_heads_is_as_wide_as_its_page_says():
     table = figure("offline/heads")
     assert table["method"].nunique() >= 14 and len(table.groupby(["dataset", "backbone"])) == 4
     acc = figure("small/heads").query("backbone == 'patch_kmeans' and method in "
                                       "['pica', 'nnm', 'cc', 'tsp', 'scan', 'iic']")["acc_mean"]
-    assert f"between {acc.min():.1f} and {acc.max():.1f}" in README
+    assert f"between {acc.min():.1f} and {acc.max():.1f}" in RESULTS
 
 
 def test_the_guide_s_figures_are_notebook_09_s():
@@ -70,12 +76,36 @@ def test_the_guide_s_figures_are_notebook_09_s():
                       rf"{r['images']:,g}\b"), r
 
 
-def test_every_target_and_file_it_names_exists():
-    targets = set(re.findall(r"make ([a-z-]+)\b", README)) - {"sure"}
-    assert {"reproduce", "test", "help", "bench", "notebooks"} <= targets
-    assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for path in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / path).exists(), f"{path} is linked and not there"
+def test_every_target_that_a_page_names_exists():
+    made = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {"reproduce", "test", "help", "bench", "notebooks"} <= set(commands_of(README))
+    for name, text in PAGES.items():
+        assert set(commands_of(text)) <= made, name
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_of_a_page_leads_somewhere(name):
+    """Files exist, sections are headed so, addresses elsewhere are whole."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[name]):
+        if "://" in link:
+            assert re.fullmatch(r"https://[\w.-]+\.[a-z]+(/[^\s)]*)?", link), link
+            continue
+        path, _, section = link.partition("#")
+        to = (ROOT / name).parent / path if path else ROOT / name
+        assert to.exists(), f"{link} is linked and not there"
+        if section:
+            titles = re.findall(r"^#+ (.+)$", to.read_text("utf-8"), re.M)
+            assert section in map(anchor, titles), f"{link}: no such section"
+
+
+def commands_of(text: str) -> list[str]:
+    """The targets that a text tells one to make: in code, or first on an indented line."""
+    return re.findall(r"(?:`|^    )make ([a-z-]+)\b", text, re.M)
+
+
+def anchor(title: str) -> str:
+    """How GitHub names a section: lower case, no punctuation, dashes for blanks."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def test_times_of_notebooks_are_those_of_their_metadata():
@@ -86,7 +116,103 @@ def test_times_of_notebooks_are_those_of_their_metadata():
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         seconds = notebook["metadata"]["tsp"]["seconds"]
-        row = re.search(rf"^\| \[{path.stem}\].*$", README, re.M)[0]
+        row = re.search(rf"^\| \[{path.stem}\].*$", PAGES["docs/profiles.md"], re.M)[0]
         assert row.endswith(f"| {seconds['offline']} s | {said(seconds['small'])} |"), row
         head = "".join(notebook["cells"][0]["source"])
         assert f"{seconds['offline']} s in `offline` and {said(seconds['small'])} in" in head
+
+
+def test_the_readme_has_700_words_at_most():
+    assert len(README.split()) <= 700  # as wc -w counts, the table included
+
+
+def test_the_readme_s_table_is_of_the_committed_ones_and_of_the_paper():
+    def ours(name, **where):
+        table = figure(name)
+        (row,) = table[(table[list(where)] == pd.Series(where)).all(axis=1)].to_dict("records")
+        return row
+
+    def cell(mean, std=None):
+        return f"{mean:.1f}" + ("" if std is None or pd.isna(std) else f" ± {std:.1f}")
+
+    def of(row, names=("acc_mean", "acc_std")):
+        assert row.get("n_seeds", row.get("n")) == 10
+        return cell(*(row[name] for name in names))
+
+    published = pd.read_csv(ROOT / "tsp_utils" / "study" / "published.csv")
+    published = published.query("table == 'Table 1' and dataset == 'cifar10'").set_index("method")
+    paper = {name: cell(row.acc, row.acc_std) for name, row in published.iterrows()}
+    tested = {"backbone": "patch_kmeans", "scored": "test"}
+    heads = {"backbone": "patch_kmeans", "dataset": "cifar10"}
+    best = ours("offline/11_gain", kind="real", dataset="cifar10",
+                backbone="resnet_contrast_cifar10")
+    wanted = [
+        ("K-means on pixels", of(ours("small/03_kmeans_pixels", scored="test",
+                                      pixels="mean-norm")), paper["K-means"]),
+        ("K-means on features", of(ours("small/table1", method="k-means", **tested)),
+         paper["TSP K-means"]),
+        ("TSP head on them", of(ours("small/table1", method="head", **tested)),
+         paper["TSP-ViT1"]),
+        ("SCAN's loss on them", of(ours("small/heads", method="scan", **heads)), paper["SCAN"]),
+        ("NNM's loss on them", of(ours("small/heads", method="nnm", **heads)), paper["NNM"]),
+        ("linear layer, with labels", cell(ours("small/10_probes", **heads)["acc"]),
+         paper["supervised"]),
+        ("our best features, K-means", of(best, ("k-means_mean", "k-means_std")), "none"),
+        ("our best features, TSP head", of(best, ("head_mean", "head_std")), "none"),
+    ]
+    table = re.search(r"^\| CIFAR-10.*?\n\n", README, re.M | re.S)[0].splitlines()
+    assert table[2:-1] == [f"| {' | '.join(row)} |" for row in wanted]
+    assert f"(TSP's then: {ours('small/heads', method='tsp', **heads)['acc_mean']:.1f})" in README
+
+
+def test_what_the_readme_says_was_learned_is_in_the_tables():
+    six = figure("small/heads").query("backbone == 'patch_kmeans' and method in "
+                                      "['pica', 'nnm', 'cc', 'tsp', 'scan', 'iic']")["acc_mean"]
+    assert f"within {six.max() - six.min():.1f} points" in README
+    head = figure("offline/11_gain").query("kind == 'real' and dataset == 'cifar10'").set_index(
+        "backbone")["head_mean"]
+    assert (f"from {head['patch_kmeans']:.0f} to {head['resnet_contrast_cifar10']:.0f} % accuracy"
+            in README)
+    counts = figure("small/claims")["verdict"].value_counts()
+    assert f"{counts['holds']} hold here and {counts['does not hold']} do not." in README
+    assert counts["inconclusive"] == counts["not tested"] == 1 and counts.sum() == 13
+
+
+def sentences_of(page: str) -> list[str]:
+    """Sentences of a page's prose: no code, tables, badges or headings; a link counts its text."""
+    text = re.sub(r"```.*?```|<!--.*?-->|\$\$.*?\$\$", "", page, flags=re.S)
+    text = re.sub(r"\n\n(?: {4,}[^-\s].*\n)+", "\n\n", text)
+    lines = [line for line in text.splitlines() if not re.match(r"#|\||\[?!\[", line)]
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", "\n".join(lines))
+    text = re.sub(r"`[^`]*`", "code", text)
+    pieces = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )|(?<=[.!?·])\*{0,2}\s", text)
+    return [" ".join(piece.split()) for piece in pieces if piece.strip()]
+
+
+@pytest.mark.parametrize("name", PROSE)
+def test_sentences_are_short_and_carry_three_numbers_at_most(name):
+    long = [s for s in sentences_of(PAGES[name]) if len(s.split()) > 30]
+    full = [s for s in sentences_of(PAGES[name])
+            if len(re.findall(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?", s)) > 3]
+    assert len(sentences_of(PAGES[name])) > 20 and not long + full
+
+
+def test_the_index_lists_every_page():
+    linked = set(re.findall(r"\]\((\w+\.md)\)", PAGES["docs/README.md"]))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+def test_the_picture_and_the_film_are_of_one_run_and_small():
+    curve = pd.read_csv(ROOT / "docs" / "hero.csv")
+    svg = (ROOT / "docs" / "hero.svg").read_text(encoding="utf-8")
+    texts = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+    said = " ".join(text.text for text in texts)
+    assert f"{curve['acc'].iloc[-1]:.0f} % of 2,000 Fashion-MNIST images" in said
+    assert "prefers-color-scheme: dark" in svg and len(svg) < 200_000
+    assert "http" not in svg.replace("http://www.w3.org/2000/svg", "")  # nothing is fetched
+    assert min(map(int, re.findall(r"font(?:-size)?: (\d+)px", svg))) >= 11
+    with Image.open(ROOT / "docs" / "hero.gif") as film:
+        assert film.n_frames >= 30 and film.size == (700, 380)
+    assert (ROOT / "docs" / "hero.gif").stat().st_size < 3e6
+    falls = curve["loss"].iloc[0] > curve["loss"].iloc[-1]  # as the README says of the film
+    assert falls and curve["acc"][:20].min() < curve["acc"][0] < curve["acc"].iloc[-1]

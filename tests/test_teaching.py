@@ -1,0 +1,213 @@
+"""The lesson, its pictures and rehearsal, and the command that scores a student's loss."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+import tsp_utils as tsp
+from tsp_utils.study import head_comparison
+
+matplotlib.use("Agg")
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+LESSON_PAGE, MAP_PAGE = ((DOCS / name).read_text(encoding="utf-8")
+                         for name in ("teaching.md", "where_tsp_sits.md"))
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hero, rehearse, score_loss = script("hero"), script("rehearse"), script("score_loss")
+
+
+def figure(name: str) -> pd.DataFrame:
+    return pd.read_csv(ROOT / "figures" / "offline" / f"{name}.csv")
+
+
+def row_of(name: str, **where) -> dict:
+    table = figure(name)
+    (row,) = table[(table[list(where)] == pd.Series(where)).all(axis=1)].to_dict("records")
+    return row
+
+
+def test_the_picture_and_the_frames_are_drawn_from_what_a_head_predicts():
+    images = tsp.load_dataset("fashion-mnist", "test").subset(slice(0, 60))
+    rng = np.random.default_rng(0)
+    points, p = rng.random((60, 2)), rng.dirichlet(np.ones(10), (3, 60))
+    p[-1] = np.eye(10)[np.arange(60) % 10]  # every cluster has members in the end
+    curve = pd.DataFrame({"epoch": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "acc": [10.0, 20.0, 71.0]})
+    neighbors = tsp.nearest_neighbors(rng.random((60, 8), np.float32), 20)
+    found = {"images": images, "points": points, "probabilities": p, "curve": curve,
+             "neighbors": neighbors, "weights": tsp.neighbor_weights(neighbors)}
+    drawn = ElementTree.fromstring(hero.hero_svg(found))
+    texts = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert any(text.startswith("71 % of 2,000") for text in texts)
+    assert sum("%" in text for text in texts) == 1 + 7 + 10  # in all, neighbours, clusters
+    frames = [np.asarray(frame) for frame in hero.animation(found)]
+    assert len(frames) == 3 and all(frame.shape == (380, 700, 3) for frame in frames)
+    assert (frames[0] != frames[-1]).any()
+    kept = hero.apart(points, 60, 0.1, first=[5])
+    gaps = np.abs(points[kept][:, None] - points[kept]).max(2) + np.eye(len(kept))
+    assert kept[0] == 5 and gaps.min() > 0.1
+
+
+def test_the_plan_is_the_page_s_and_its_cells_are_there():
+    said = re.findall(r"^\| \[(.+?)\]\(#.+?\) \| (\d+) \| .+? \| (\d) \|$", LESSON_PAGE, re.M)
+    plan = [(block.title, str(block.minutes), str(block.questions)) for block in rehearse.LESSON]
+    assert said == plan and sum(block.minutes for block in rehearse.LESSON) == 120
+    blocks = rehearse.cells_of_blocks(rehearse.LESSON, ROOT / "notebooks")
+    assert all(cells or not block.notebook for block, cells in blocks)
+    for title in (block.title for block in rehearse.LESSON):  # each says all five things
+        text = re.split(rf"^### {title}$", LESSON_PAGE, flags=re.M | re.I)[1].split("\n##")[0]
+        for part in ("Said", "Run", "Asked first", "Misconception", "They got it"):
+            assert f"**{part}" in text or title == "wrap-up", (title, part)
+        asked = re.search(r"\*\*Asked first\.\*\*(.*?)\n- ", text, re.S)
+        assert not asked or asked[1].count("?") == dict(
+            (block.title, block.questions) for block in rehearse.LESSON)[title], title
+
+
+def test_the_rehearsal_that_was_measured_is_on_the_page_and_left_slack():
+    table = pd.read_csv(DOCS / "rehearsal.csv", dtype=str)
+    for line in table.itertuples(index=False):
+        assert f"| {' | '.join(line)} % |" in LESSON_PAGE
+    took = [rehearse.Took(block, float(seconds), int(words)) for block, seconds, words in
+            zip(rehearse.LESSON, table["run_s"], table["words"], strict=False)]
+    assert [f"{t.minutes:.1f}" for t in took] == list(table["minutes"])[:-1]
+    assert min(t.slack for t in took) >= rehearse.SLACK
+
+
+def test_other_lessons_add_up():
+    table = LESSON_PAGE.split("## 50 minutes")[1].split("## ")[0]
+    assert sum(map(int, re.findall(r"^\| (\d+) \|", table, re.M))) == 50
+
+
+def notebook(folder: Path, *sources: str) -> Path:
+    cells = [{"cell_type": "markdown", "id": "words", "metadata": {}, "source": "one two three"}]
+    cells += [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source,
+               "outputs": [], "execution_count": None} for i, source in enumerate(sources)]
+    (folder / "lesson.ipynb").write_text(json.dumps(
+        {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    return folder
+
+
+def test_a_rehearsal_runs_block_by_block_in_one_kernel_and_leaves_runs_alone(tmp_path):
+    folder = notebook(tmp_path, "import tsp_utils as tsp\nplace = tsp.load_study('tiny').run_dir",
+                      f"assert not place.is_relative_to({str(ROOT)!r})")
+    blocks = (rehearse.Block("a", 1, 0, "lesson", "c0"), rehearse.Block("b", 1, 0, "lesson", "c1"),
+              rehearse.Block("c", 10, 2))
+    first, second, third = rehearse.rehearse(blocks, folder)
+    assert (first.words, second.words, third.words) == (3, 0, 0)
+    assert first.seconds > 0 and third.minutes == 4 and third.slack == 0.6
+    assert "too little" in rehearse.row(third._replace(seconds=240.0))
+
+
+@pytest.mark.parametrize("last, source, said", [
+    ("c0", "1 / 0", "The lesson stopped in lesson.ipynb, cell c0: ZeroDivisionError: division"),
+    ("c9", "1", "ends with cell 'c9', which lesson.ipynb does not have after its cell 0")])
+def test_a_rehearsal_that_cannot_go_on_says_where(last, source, said, tmp_path):
+    block = rehearse.Block("a", 1, 0, "lesson", last)
+    with pytest.raises((RuntimeError, ValueError), match=re.escape(said)):
+        list(rehearse.rehearse((block,), notebook(tmp_path, source)))
+
+
+def test_numbers_of_the_lesson_are_those_of_the_figures():
+    curve = pd.read_csv(DOCS / "hero.csv")["acc"]
+    metrics = row_of("02_metrics", target="cifar10", backbone="patch_kmeans")
+    hubs = row_of("02_metrics", target="fashion-mnist", backbone="patch_kmeans")
+    live = figure("06_live").query("arm == 'backbone'").set_index("epoch")
+    agree, consistent = live["agreement with the nearest"], live["consistency@20"]
+    weights = row_of("02_perplexity", target="cifar10", backbone="patch_kmeans", k=20)
+    collapse, (gain,) = figure("03_collapse"), figure("03_gain").to_dict("records")
+    text = " ".join(LESSON_PAGE.split())
+    for said in (
+            f"from {curve.iloc[0]:.1f} to {curve.min():.1f} % before it rises to "
+            f"{curve.iloc[-1]:.1f} %", f"On CIFAR-10 {metrics['cosine']:.1f} % of twenty",
+            f"a neighbour of {hubs['inner, top hub']:,} of the 10,000",
+            f"it is {weights['perplexity']:.1f} of 20",
+            f"{gain['mean']:.1f} points, {gain['low']:.1f} to {gain['high']:.1f},",
+            f"The loss goes to {collapse['loss'].min():.2f}, and ACC to about "
+            f"{collapse['acc'].mean():.0f},",
+            f"rises from {agree[0]:.1f} to {agree[2]:.1f} %",
+            f"falls from {consistent[0]:.1f} to {consistent[2]:.1f} %"):
+        assert said in text, said
+    assert hubs["cosine"] > 2 * hubs["inner"]
+
+
+def test_ten_questions_are_answered_each_from_a_section_that_is_there():
+    text = " ".join(LESSON_PAGE.split("## Ten questions, and their answers")[1].split())
+    asked = re.findall(r"(\d+)\. \*\*(.+?\?)\*\* \(\[\d\d\]\(\.\./(\S+?)\), \*(.+?)\*\) (\S.+?)"
+                       r"(?= \d+\. \*\*|$)", text)
+    assert [int(number) for number, *_ in asked] == list(range(1, 11))
+    for _, question, path, section, answer in asked:
+        cells = json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]
+        titles = re.findall(r"^## (.+)$", "\n".join("".join(c["source"]) for c in cells), re.M)
+        assert section in titles, (question, section)
+        assert 8 < len(answer.split()) < 60
+
+
+def test_every_head_has_its_place_on_the_map_and_its_accuracy():
+    table = figure("heads").query("dataset == 'cifar10' and backbone == 'patch_kmeans'")
+    acc = table.set_index("method")["acc_mean"]
+    said = dict(re.findall(r"^\| `(.+?)` \| .* \| ([\d.]+) \|$", MAP_PAGE, re.M))
+    assert said == {method: f"{value:.1f}" for method, value in acc.items()}
+    assert set(head_comparison.METHODS) == set(said)
+    asking = [acc[m] for m in ("tsp", "scan", "nnm", "iic", "pica", "cc")]
+    assert max(asking) - min(asking) < 1 and acc["k-means"] < acc["temi"] < min(asking)
+    assert max(acc["dec"], acc["secu"]) < acc["k-means"]
+
+
+def test_the_worked_example_is_the_file_that_was_scored():
+    assert (DOCS / "example_loss.py").read_text(encoding="utf-8") in MAP_PAGE
+    table = pd.read_csv(DOCS / "example_loss.csv")
+    (own,) = table.to_dict("records")
+    assert score_loss.sentence(table, "example_loss") in MAP_PAGE
+    assert own["low"] > 0 and own["minus_tsp"] < min(1, own["acc_std"]) and own["n"] == 10
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert ".logsumexp(-2).exp().mean(-1)" in text  # the same change, inside the library
+
+
+def test_a_loss_of_one_s_own_is_scored_beside_others():
+    table, probe = score_loss.score(DOCS / "example_loss.py", "tiny n_seeds=2")
+    assert list(table["method"]) == ["k-means", "tsp", "example_loss"]
+    assert table["acc_mean"].notna().all() and len(probe) == 1
+    assert "example_loss" not in tsp.RIVALS and "example_loss" not in head_comparison.METHODS
+
+
+def test_a_loss_that_was_edited_is_trained_again(tmp_path):
+    path = tmp_path / "edited_loss.py"
+    keys = set()
+    for weight in (1, 2):
+        path.write_text(f"def loss(a, b, step):\n    return (a * b).mean((1, 2)) * {weight}\n")
+        keys.add(tsp.cache.code_of(score_loss.read_loss(path).loss))
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("a_loss", "x = 1", "defines no function loss; write def loss(a, b, step)"),
+    ("a_loss", "def loss(", "could not be read as Python: SyntaxError"),
+    ("a_loss", "def loss(a, b, step): return a.mean()", r"returns () for two heads; return one"),
+    ("a_loss", "def loss(a, b, step): return 1.0", r"returns float for two heads"),
+    ("a_loss", "def loss(a, b, step): return a.detach().mean((1, 2))", "cannot be trained on"),
+    ("a_loss", "def loss(a, b, step): return a.mean((1, 2)) * float('nan')", "cannot be trained"),
+    ("a_loss", "def loss(a, b): return a", "fails on logits [S, C, B] = [2, 5, 32]: TypeError"),
+    ("a_loss", "DRAW = 'nearest'\ndef loss(a, b, step): return a", "pass one of gaussian, unif"),
+    ("scan", "def loss(a, b, step): return a", "scan is a head of notebook 10 already; rename"),
+    ("missing", None, "pass the Python file of a loss")])
+def test_a_loss_that_cannot_be_scored_is_told_in_one_sentence(name, text, said, tmp_path):
+    path = tmp_path / f"{name}.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)) as told:
+        score_loss.read_loss(path)
+    assert str(told.value).count("\n") == 0
