@@ -148,8 +148,9 @@ def declared() -> dict[str, str]:
 def test_conda_environments_name_the_same_packages_and_versions_and_say_why(file):
     text = (ROOT / file).read_text()
     entries = yaml.safe_load(text)["dependencies"]
+    entries += entries.pop()["pip"]  # what conda-forge lacks comes last
     conda = dict(re.match(r"([\w-]+)(.*)", entry).groups() for entry in entries)
-    conda.pop("python")
+    conda.pop("python"), conda.pop("pip")
     assert {CONDA_NAMES.get(name, name): rest for name, rest in conda.items()} == declared()
     assert file != "environment.yml" or not re.search(r"^  - [^#\n]*>=[^#\n]*$", text, re.M)
 
@@ -157,7 +158,8 @@ def test_conda_environments_name_the_same_packages_and_versions_and_say_why(file
 def test_lock_pins_every_declared_package_for_three_systems_and_names_no_index():
     lock = (ROOT / "requirements.lock").read_text()
     pinned = set(re.findall(r"^([\w.-]+)==", lock, re.M))
-    assert {name.lower() for name in declared()} <= {name.lower() for name in pinned}
+    assert {name.lower().replace("_", "-") for name in declared()} <= {
+        name.lower().replace("_", "-") for name in pinned}
     entries = [line for line in lock.splitlines() if not line.lstrip().startswith("#")]
     assert not re.search(r"://|file:|--index-url|--find-links|@", "\n".join(entries))
     for marker in ("linux", "win32", "darwin"):
