@@ -5,6 +5,7 @@ The only module of the package that prints.
 
 import argparse
 import math
+import re
 import shutil
 import sys
 import time
@@ -37,6 +38,10 @@ def parser() -> argparse.ArgumentParser:
                          help="default 3; lower it where clusters should differ in size")
     cluster.add_argument("--seed", type=int, default=0, help="another one starts anew")
     cluster.add_argument("--force", action="store_true", help="replace results that are there")
+    kept = commands.add_parser("cache", help="say how large the cache is, or make it smaller")
+    kept.set_defaults(do=keep_cache)
+    kept.add_argument("--prune", type=size, default=None, metavar="SIZE", dest="most",
+                      help="such as 500M or 2G: what was not used for longest goes first")
     vectors = commands.add_parser("bundle-vectors", help="take in a file of make paper-vectors")
     vectors.set_defaults(do=take_in)
     vectors.add_argument("file", help="features, labels and their card; it is checked, and copied")
@@ -48,17 +53,26 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def size(text: str) -> int:
+    """Bytes of a size such as 0, 800K, 500M or 2.5G."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.upper())
+    if not found:
+        raise ValueError
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+
+
 def main(arguments) -> int:
     args = parser().parse_args(arguments)
     from tsp_utils.paths import IS_CLONE
-    if not IS_CLONE and args.command not in ("cluster", "bundle-vectors"):
+    if not IS_CLONE and args.command not in ("cluster", "cache", "bundle-vectors"):
         raise OSError(f"{args.command} works on the notebooks and records of a clone, and this is "
                       f"an installed package; clone the repository and run it there.")
 
     import logging
     import warnings
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    warnings.filterwarnings("ignore", module="zmq|traitlets")
+    warnings.filterwarnings("ignore", module="zmq|traitlets|PIL")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     return args.do(args) or 0
 
 
@@ -88,10 +102,21 @@ def central_row(args) -> int:
 
 def cluster_images(args) -> None:
     from tsp_utils.folder.cluster_folder import cluster_folder
-    out = cluster_folder(args.folder, args.n_clusters, backbone=args.backbone, out=args.out,
-                         force=args.force, seed=args.seed, n_neighbors=args.n_neighbors,
-                         entropy_weight=args.entropy_weight)
+    try:
+        out = cluster_folder(args.folder, args.n_clusters, backbone=args.backbone, out=args.out,
+                             force=args.force, seed=args.seed, n_neighbors=args.n_neighbors,
+                             entropy_weight=args.entropy_weight)
+    except ValueError as error:  # by the names of the options, as they were typed
+        raise ValueError(re.sub(r"(?<![\w-])n_clusters|n_neighbors|entropy_weight", lambda name: (
+            "--" + name[0].replace("_", "-")), str(error))) from error
     print(f"{out / 'clusters.csv'}\n{out / 'report.html'}")
+
+
+def keep_cache(args) -> None:
+    from tsp_utils.cache import prune
+    from tsp_utils.paths import cache_dir
+    removed, left = prune(math.inf if args.most is None else args.most)
+    print(f"{cache_dir()}: {removed / 1e6:,.1f} MB removed, {left / 1e6:,.1f} MB kept")
 
 
 def take_in(args) -> None:
@@ -162,6 +187,8 @@ def report(steps) -> None:
 
 def console() -> None:
     """The command `tsp-utils`, and python -m tsp_utils: one sentence where it cannot."""
+    if hasattr(sys.stdout, "reconfigure"):  # names that a terminal of ASCII lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main(sys.argv[1:]))
     except ModuleNotFoundError as error:

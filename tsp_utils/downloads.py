@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tsp_utils.paths import check_reachable
+
 
 def read_published(name: str, kind: str, split: str, root: Path, download: bool):
     """Images, labels and class names of one split of torchvision's data set `kind`, under `root`.
@@ -85,6 +87,7 @@ def _fetch(name: str, source, root: Path, files: list[str], download: bool):
             if packed:
                 extract_archive(str(archive), staging)
             else:
+                check_reachable(*getattr(source, "mirrors", [getattr(source, "url", "")]))
                 source(staging, download=True)
             for path in Path(staging).rglob("*"):
                 target = root / path.relative_to(staging)

@@ -45,7 +45,8 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
     largest_share: of labels_); losses_ [n_init], the final losses; n_features_in_,
     feature_names_in_.
     `fit` raises ValueError for settings that cannot train, fewer than 4 samples, fewer distinct
-    ones than clusters, all-zero X, and where the loss of every head is NaN.
+    ones than clusters, all-zero X, X of which a row or a column outweighs the rest (named), and
+    where the loss of every head is NaN.
     """
 
     def __init__(self, n_clusters=8, *, n_neighbors=20, n_init=10, init="k-means",
@@ -74,6 +75,7 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=4)
         device = self._checked_settings()
         scaler = Scaler().fit(X)
+        check_weights(X)
         features = scaler.transform(X)
         neighbors = nearest_neighbors(features, self._usable_neighbors(len(X)), self.metric, device)
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=self.n_init).tolist()
@@ -111,6 +113,8 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         for name in ("entropy_weight", "learning_rate"):
             if not isinstance(value := getattr(self, name), Real):
                 raise ValueError(f"{name} is {value!r}; pass a number.")
+        if 1e6 < self.entropy_weight < np.inf:
+            raise ValueError(f"entropy_weight is {self.entropy_weight}; pass 0 or more, about 3.")
         check_training(self.entropy_weight, self.max_epochs, self.min_steps, self.batch_size,
                        self.learning_rate)
         return find_device(self.device)
@@ -168,3 +172,42 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
     @property
     def _n_features_out(self):
         return self.coef_.shape[1]  # as fitted, whatever set_params said since
+
+
+def check_weights(X: np.ndarray) -> None:
+    """Raise ValueError naming the row or the column that outweighs the rest of X [N, D].
+
+    A row: over a thousand times as long as the median, and nine tenths of all lengths together. A
+    column: what all rows share is over 200 times what tells them apart (of our backbones' vectors
+    seven times at most); from 50 times on a warning, and where one column holds all that spread.
+    """
+    largest = max(np.float64(X.max()), -np.float64(X.min()))  # so that squares do not overflow
+    first, lengths = X[0] / largest, np.empty(len(X))
+    total, squares = np.zeros((2, X.shape[1]))
+    for at in range(0, len(X), 4096):  # no copy of all of X
+        part = X[at : at + 4096] / largest
+        lengths[at : at + 4096] = np.linalg.norm(part, axis=1)
+        part -= first  # what is alike cancels before it is squared
+        total += part.sum(0)
+        squares += (part**2).sum(0)
+    usual = np.median(lengths[lengths > 0])
+    heavy = lengths > 1000 * usual
+    if lengths[heavy].sum() > 0.9 * lengths.sum():
+        raise ValueError(f"Row {lengths.argmax()} of the features outweighs the rest: it is "
+                         f"{lengths.max() / usual:.0e} times as long as the median. Correct or "
+                         f"remove it, or bring all to unit length (sklearn's Normalizer).")
+    mean = np.abs(first + total / len(X))
+    variance = np.maximum(squares / len(X) - (total / len(X)) ** 2, 0)
+    spread, share = np.sqrt(variance.sum()), variance.max() / max(variance.sum(), 1e-300)
+    common = np.linalg.norm(mean) / spread if spread else 0.0  # all alike: said elsewhere
+    said = (f"Column {mean.argmax()} of the features outweighs the rest: its mean is "
+            f"{mean.max() / max(spread, 1e-300):.0e} times what tells the rows apart. Subtract "
+            f"each column's mean first (sklearn's StandardScaler).")
+    if common > 200:
+        raise ValueError(said)
+    if common > 50:
+        warnings.warn(said, stacklevel=3)
+    elif share > 0.999 and len(mean) > 1:
+        warnings.warn(f"Column {variance.argmax()} of the features outweighs the rest: it holds "
+                      f"{100 * share:.1f} % of their variance. Divide the columns by their spread "
+                      f"if that is not meant.", stacklevel=3)

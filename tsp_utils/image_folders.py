@@ -6,7 +6,7 @@ import io
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import joblib
@@ -29,6 +29,7 @@ GROUND = 128  # grey under what is transparent: black and white drawings both st
 T = Image.Transpose
 TURNS = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE,
          6: T.ROTATE_270, 7: T.TRANSVERSE, 8: T.ROTATE_90}  # by EXIF's orientation
+LARGEST_SIDE = 2048  # px: what is larger is halved, cut to a third ... as it is decoded
 LARGEST_ARRAY_PX = 64  # images up to this size are held in memory, larger ones decoded on access
 DECODE_CHUNK = 250  # files a task of the thread pool
 PROGRESS_FROM = 2000  # files; fewer are decoded before a progress bar could be read
@@ -53,58 +54,21 @@ class ImageFiles(Sequence):
     @property
     def digests(self) -> list[bytes]:
         """16 bytes an image, of what its file holds."""
-        return [hashlib.blake2b(self.read_bytes(path), digest_size=16).digest()
-                for path in self.paths]
+        return [digest_of(self.read_bytes(path)) for path in self.paths]
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return ImageFiles(self.folder, self.paths[index])
-        return self._with_page(index)[0]
+        return self._with_page(self.folder / self.paths[index])[0]
 
-    def _with_page(self, index: int) -> tuple[np.ndarray, str]:
-        pixels, page = _decode(self.folder / self.paths[index])
+    def _with_page(self, path: Path, content: bytes | None = None) -> tuple[np.ndarray, int]:
+        pixels, page = _decode(path, content)
         return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels, page
 
 
-class ReadableFiles(ImageFiles):
-    """ImageFiles that goes on where a file cannot be read: a grey image in its place, and a note.
-
-    `seen` has the indices that were decoded. Of their paths, `unreadable` has those that could not
-    be, each with the sentence that says why, `constant` those of one colour throughout, and `pages`
-    which page was taken of those that have several.
-    """
-
-    def __init__(self, folder: Path, paths: Sequence[str]):
-        super().__init__(folder, paths)
-        self.seen: set[int] = set()
-        self.unreadable: dict[str, str] = {}
-        self.constant: set[str] = set()
-        self.pages: dict[str, str] = {}
-        self._shape: tuple[int, ...] = (32, 32, 3)
-
-    def read_bytes(self, path: str) -> bytes:
-        """What a file holds; nothing where it cannot be opened."""
-        try:
-            return super().read_bytes(path)
-        except OSError:
-            return b""
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return super().__getitem__(index)
-        path = self.paths[index]  # an IndexError ends an iteration
-        self.seen.add(index)
-        try:
-            image, page = self._with_page(index)
-        except OSError as error:
-            self.unreadable[path] = str(error)
-            return np.full(self._shape, 128, np.uint8)
-        if page:
-            self.pages[path] = page
-        if _is_constant(image):
-            self.constant.add(path)
-        self._shape = image.shape  # so that backbones for images of one size go on, too
-        return image
+def digest_of(content: bytes) -> bytes:
+    """16 bytes for what a file holds."""
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def find_images(folder: Path, others: Counter | None = None) -> list[str]:
@@ -203,22 +167,24 @@ def read_images(folder: Path, paths: list[str]) -> np.ndarray | ImageFiles:
     return images[..., :1].copy() if all_grey else images
 
 
-def _decode(path: Path | str) -> tuple[np.ndarray, str]:
-    """One image, upright: uint8 [H,W,1] if grey, else [H,W,3]; and the page that it is, in words.
+def _decode(path: Path | str, content: bytes | None = None) -> tuple[np.ndarray, int]:
+    """One image, upright: uint8 [H,W,1] if grey, else [H,W,3]; and which page of several it is.
 
     Of several pages or frames the first that is not of one colour, or the first if all are: a scan
-    may have a blank cover. No words for a single page, or for the first frame of an animation.
+    may have a blank cover. Page 0 for a single one, and for the first frame of an animation.
     """
     try:
-        with open(path, "rb") as file:
-            image = Image.open(io.BytesIO(file.read()))
+        image = Image.open(io.BytesIO(Path(path).read_bytes() if content is None else content))
+        image.draft(None, (LARGEST_SIDE, LARGEST_SIDE))  # JPEGs alone: no smaller than that
         number, pixels = 0, _pixels(image)
-        blank, tiff = _is_constant(pixels), image.format == "TIFF"
+        blank, tiff = is_constant(pixels), image.format == "TIFF"
         several = (blank or tiff) and getattr(image, "is_animated", False)
         if several and blank:
             pages = enumerate(map(_pixels, ImageSequence.Iterator(image)))
-            number, pixels = next((p for p in pages if not _is_constant(p[1])), (0, pixels))
-        return pixels, f"page {number + 1}" if several and (tiff or number) else ""
+            number, pixels = next((p for p in pages if not is_constant(p[1])), (0, pixels))
+        return pixels, number + 1 if several and (tiff or number) else 0
+    except MemoryError:
+        raise MemoryError(f"{path} does not fit the memory: shrink it or delete it.") from None
     except UnidentifiedImageError:
         raise OSError(f"{path} is not an image that can be read: replace or delete it.") from None
     except Exception as error:  # Pillow's decoders raise many kinds, each without the file's name
@@ -232,46 +198,69 @@ def _pixels(image: Image.Image) -> np.ndarray:
     with contextlib.suppress(Exception):  # tags that cannot be read do not cost the photo
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
         turn = TURNS.get(int(value[0] if isinstance(value, (tuple, bytes, str)) else value))
-    if turn is not None:
-        image = image.transpose(turn)
     if image.mode[0] in "IF":
-        return _eight_bits(np.asarray(image), image.info.get("transparency"))[:, :, None]
-    grey = image.mode in ("L", "LA", "La", "1")
-    if image.has_transparency_data:
-        ground = Image.new("RGBA", image.size, (GROUND, GROUND, GROUND, 255))
-        whole = image.convert("LA") if image.mode == "La" else image  # Pillow needs a step between
-        image = Image.alpha_composite(ground, whole.convert("RGBA"))
-    pixels = np.asarray(image.convert("L" if grey else "RGB"))
+        image = _eight_bits(image)
+    grey, clear = image.mode in ("L", "LA", "La", "1"), image.has_transparency_data
+    factor, parts = -(-max(image.size) // LARGEST_SIDE), []
+    for part in _strips(image, factor):
+        if clear:
+            part = part.convert("LA") if part.mode == "La" else part  # Pillow needs a step between
+            ground = Image.new("RGBA", part.size, (GROUND, GROUND, GROUND, 255))
+            part = Image.alpha_composite(ground, part.convert("RGBA"))
+        part = part.convert("L" if grey else "RGB")
+        parts.append(np.asarray(part.reduce(factor) if factor > 1 else part))
+    pixels = np.concatenate(parts)
+    if turn is not None:
+        pixels = np.asarray(Image.fromarray(pixels).transpose(turn))
     return pixels[:, :, None] if grey else pixels
 
 
-def _eight_bits(stored: np.ndarray, hidden: int | None) -> np.ndarray:
-    """Grey values [H,W] of 16 or 32 bits or with fractions as uint8, by one rule, file by file.
+def _strips(image: Image.Image, step: int = 1) -> Iterator[Image.Image]:
+    """An image in parts from top to bottom, so that what is large is not in memory twice."""
+    height = max(1, 2**22 // image.width // step) * step
+    return (image.crop((0, top, image.width, min(top + height, image.height)))
+            for top in range(0, image.height, height))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 16 or 32 bits or of fractions in 256 greys, by one rule, file by file.
 
     Black to white is 0 to the smallest power of 16 that holds the largest value: 1, 16, 256, 4,096
     (12 bits), 65,536 (16 bits). Fractions may pass it by a quarter, as resampling makes them, and
     are cut. From minus that power where values are negative; from the smallest value where fewer
-    than four greys would be left. NaN and the `hidden` value, which a PNG calls transparent, are
-    GROUND. A file's own values alone decide, as its vector is kept by what the file holds.
+    than four greys would be left. NaN and the value that a PNG calls transparent are GROUND. A
+    file's own values alone decide, as its vector is kept by what the file holds.
     """
-    values, spare = stored.astype(np.float64), 1.25 if stored.dtype.kind == "f" else 1.0
-    if hidden is not None:
-        values[stored == hidden] = np.nan
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    hidden, spare = image.info.get("transparency"), 1.25 if image.mode == "F" else 1.0
+
+    def values(part: Image.Image) -> np.ndarray:
+        found = np.asarray(part, np.float64)
+        return found if hidden is None else np.where(found == hidden, np.nan, found)
+
+    ends: list[float] = []
+    for part in _strips(image):
+        finite = values(part)
+        finite = finite[np.isfinite(finite)]
+        ends += [finite.min(), finite.max()] if finite.size else []
+    low, high = min(ends, default=0.0), max(ends, default=0.0)
 
     def power(value: float) -> float:
         return 16.0 ** math.ceil(math.log2(value / spare) / 4) if value else 1.0
 
     top = power(max(high, -low))
-    start = -top if low < (1 - spare) * top else 0.0
-    if 0 < high - low < (top - start) / 64:
-        start, top = low, low + power(high - low)
-    levels = np.clip((values - start) * (256 / (top - start)), 0, 255)
-    return np.where(np.isnan(levels), GROUND, levels).astype(np.uint8)
+    begin = -top if low < (1 - spare) * top else 0.0
+    if 0 < high - low < (top - begin) / 64:
+        begin, top = low, low + power(high - low)
+    grey, row = Image.new("L", image.size), 0
+    for part in _strips(image):
+        levels = np.clip((values(part) - begin) * (256 / (top - begin)), 0, 255)
+        levels[np.isnan(levels)] = GROUND
+        grey.paste(Image.fromarray(levels.astype(np.uint8)), (0, row))
+        row += part.height
+    return grey
 
 
-def _is_constant(pixels: np.ndarray) -> bool:
+def is_constant(pixels: np.ndarray) -> bool:
     """Whether an image [H,W,C] is of one colour throughout; a few pixels settle most."""
     return all((part == pixels[0, 0]).all() for part in (pixels[::16, ::16], pixels))
 

@@ -6,7 +6,12 @@ The only module that reads TSP_DATA and TSP_CACHE.
 import contextlib
 import json
 import os
+import queue
 import secrets
+import threading
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from platformdirs import user_cache_path, user_data_path
@@ -46,6 +51,33 @@ def shipped_records(name: str):
     return json.loads((bundled_dir() / "readouts" / f"{name}.json").read_text())
 
 
+def check_reachable(*urls: str, seconds: float = 8) -> None:
+    """Raise OSError within `seconds` where none of these hosts answers: who downloads may wait
+    for minutes, and a name server for ever."""
+    answers: queue.Queue = queue.Queue()
+
+    def ask(url: str) -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds)
+            answers.put(None)
+        except urllib.error.HTTPError:  # it answers: what is wrong the download says
+            answers.put(None)
+        except Exception as error:
+            answers.put(error)
+
+    for url in urls:
+        threading.Thread(target=ask, args=(url,), daemon=True).start()
+    until, error = time.monotonic() + seconds, None
+    for _ in urls:
+        try:
+            error = answers.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
+            error = TimeoutError(f"no answer within {seconds:.0f} s")
+        if error is None:
+            return
+    raise OSError(str(error))
+
+
 def write_whole(path: Path, write) -> None:
     """Write a file by `write(binary file)` beside its place, and move it there when it is whole.
 
@@ -68,6 +100,19 @@ def write_whole(path: Path, write) -> None:
         if made:
             with contextlib.suppress(OSError):
                 partial.unlink()
+
+
+def write_together(contents: dict[Path, bytes]) -> None:
+    """Write files by `write_whole`, each moved to its place only when the others are written."""
+    (path, content), *others = contents.items()
+
+    def write(file) -> None:
+        file.write(content)
+        file.flush()
+        if others:
+            write_together(dict(others))
+
+    write_whole(path, write)
 
 
 def write_json(path: Path, content, indent: int | None = None) -> None:

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import textwrap
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,14 @@ from pathlib import Path
 import timm
 import timm.layers
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import nn
 
 import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
 from tsp_utils.invariant_patches import InvariantPatches
 from tsp_utils.patch_kmeans import PatchKMeans
-from tsp_utils.paths import bundled_dir, data_dir, write_whole
+from tsp_utils.paths import bundled_dir, check_reachable, data_dir, write_whole
 
 INIT_SEED = 0  # of every freshly made network, so that the untrained one is the same everywhere
 
@@ -47,6 +49,17 @@ class BackboneSpec:
     dim: int | None = None  # None: known once it is loaded, or has seen images
     published_knn: float | None = None  # ImageNet k-NN top-1, percent: published, not checked here
     note: str = ""
+
+    def for_size(self, img_size: int) -> "ResizedSpec":
+        """This network on images of another size, in pixels: its position grid is resampled."""
+        fixed = getattr(timm.get_pretrained_cfg(self.architecture), "fixed_input_size", False)
+        grid = {"img_size": img_size} if fixed else {}
+        return ResizedSpec(**vars(self) | {"input_size": img_size,
+                                           "options": {**self.options, **grid}})
+
+
+class ResizedSpec(BackboneSpec):
+    """A row whose weights may have a position grid of another size."""
 
 
 def load_model(spec: BackboneSpec, checkpoint=None) -> nn.Module:
@@ -81,12 +94,20 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(INIT_SEED)  # torch.manual_seed would touch CUDA's too
         try:
+            if pretrained and not _in_hub_cache(spec):
+                check_reachable(spec.url)  # timm asks five times, for a minute
             return timm.create_model(spec.architecture, pretrained=pretrained, num_classes=0,
                                      **spec.options)
         except Exception as error:
             if not pretrained:
                 raise
             raise _download_error(spec, error) from error
+
+
+def _in_hub_cache(spec: BackboneSpec) -> bool:
+    files = ("model.safetensors", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(f"timm/{spec.file.removesuffix('.safetensors')}",
+                                                 file), str) for file in files)
 
 
 @contextlib.contextmanager
@@ -135,6 +156,7 @@ def _find_weights(spec: BackboneSpec) -> Path | None:
 def _download(spec: BackboneSpec, path: Path) -> None:
     partial = path.with_name(f"{os.getpid()}-{path.name}")
     try:
+        check_reachable(spec.url)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(spec.url, str(partial))
         _read_state(partial)  # a connection that broke off leaves a torn file and no error
@@ -155,8 +177,9 @@ def file_sha256(path: Path) -> str:
 
 def _download_error(spec: BackboneSpec, error: Exception) -> ConnectionError:
     return ConnectionError(
-        f"the weights of {spec.name} could not be downloaded ({_brief(error)}): check the "
-        f"network and the free space, or put {spec.url} at {data_dir() / 'weights' / spec.file}")
+        f"the weights of {spec.name} could not be downloaded from "
+        f"{urllib.parse.urlsplit(spec.url).hostname} ({_brief(error)}): check the network "
+        f"and the free space, or put {spec.url} at {data_dir() / 'weights' / spec.file}")
 
 
 def _load_strictly(model: nn.Module, path: Path, spec: BackboneSpec) -> nn.Module:
@@ -169,6 +192,10 @@ def _load_strictly(model: nn.Module, path: Path, spec: BackboneSpec) -> nn.Modul
         state = dict(zip(names, state.values(), strict=False))
     state = {key: value for key, value in state.items()
              if key in due or not key.startswith(tuple(f"{head}." for head in heads))}
+    if isinstance(spec, ResizedSpec) and "pos_embed" in due.keys() & state.keys():
+        state["pos_embed"] = timm.layers.resample_abs_pos_embed(
+            state["pos_embed"], model.patch_embed.grid_size,  # type: ignore[union-attr]
+            num_prefix_tokens=model.num_prefix_tokens)
     misshapen = [f"{key} {list(state[key].shape)} for {list(due[key].shape)}"
                  for key in due if key in state and state[key].shape != due[key].shape]
     wrong = [f"{what} {', '.join(keys[:3])}" + f" and {len(keys) - 3} more" * (len(keys) > 3)
@@ -185,12 +212,15 @@ def _load_strictly(model: nn.Module, path: Path, spec: BackboneSpec) -> nn.Modul
 def _read_state(path: Path) -> dict[str, torch.Tensor]:
     """State dict of a file in one of DINO's official formats, its prefixes taken off."""
     try:
-        if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            begin = file.read(9)
+        if begin[8:] == b"{":  # after its length the header of a safetensors file
             state = load_file(path)
         else:
             # full DINO checkpoints pickle their command line; nothing else is let through
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            # (open, as torch would go by the name where that ends in .safetensors)
+            with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+                state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused and isinstance(error, pickle.UnpicklingError):
@@ -199,13 +229,14 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         # torch's own message advises loading without the check, which is not for a stranger's file
         raise ValueError(f"{path} is truncated or not a weights file: fetch or save it "
                          "again") from error
-    if isinstance(state, dict) and "teacher" in state:
-        state = state["teacher"]  # type: ignore[assignment]
+    for name in ("teacher", "model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]  # type: ignore[assignment]
     if not isinstance(state, dict) or not state or not all(
             isinstance(key, str) and torch.is_tensor(value) for key, value in state.items()):
-        raise ValueError(f"{path} holds no state dict: pass a bare state dict, a DINO checkpoint "
-                         "with its teacher, or .safetensors")
-    return {key.removeprefix("module.").removeprefix("backbone."): value
+        raise ValueError(f"{path} holds no state dict: pass a bare state dict, one under model, "
+                         "state_dict or teacher (DINO's), or .safetensors")
+    return {re.sub(r"^(module\.|_orig_mod\.)*(backbone\.)?(_orig_mod\.)?", "", key): value
             for key, value in state.items()}
 
 

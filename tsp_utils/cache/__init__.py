@@ -4,9 +4,18 @@
 by the content of their images.
 """
 
-from tsp_utils.cache.entries import arrays, call, file_name, fitted, record, seeds, versions
+from tsp_utils.cache.entries import (
+    arrays,
+    call,
+    file_name,
+    fitted,
+    prune,
+    record,
+    seeds,
+    versions,
+)
 from tsp_utils.cache.keys import code_called_by, code_of, hash_of, key_of
 from tsp_utils.cache.vectors import rows
 
 __all__ = ["arrays", "call", "code_called_by", "code_of", "file_name", "fitted", "hash_of",
-           "key_of", "record", "rows", "seeds", "versions"]
+           "key_of", "prune", "record", "rows", "seeds", "versions"]

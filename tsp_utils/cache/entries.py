@@ -174,6 +174,31 @@ def locked(path: Path):
         lock.release()
 
 
+def prune(most: float) -> tuple[int, int]:
+    """Remove what was not used for longest until `most` bytes are left; bytes removed and left.
+
+    Used is what was read, where the file system notes it (often once a day), or written. What a
+    process makes just now stays; a file's parts (vectors, sums, description) go together.
+    """
+    entries: dict[Path, list[Path]] = {}
+    for path in cache_dir().glob("*/*"):
+        if path.is_file() and path.suffix in (".npz", ".f32", ".sums", ".json"):
+            entries.setdefault(path.with_suffix(""), []).append(path)
+    sizes = {name: sum(path.stat().st_size for path in parts) for name, parts in entries.items()}
+    used = {name: max(max(path.stat().st_mtime, path.stat().st_atime) for path in parts)
+            for name, parts in entries.items()}
+    left = before = sum(sizes.values())
+    for name in sorted(entries, key=lambda name: used[name]):
+        if left <= most:
+            break
+        suffix = ".f32" if len(entries[name]) > 1 else entries[name][0].suffix
+        with contextlib.suppress(OSError, Timeout), FileLock(f"{name}{suffix}.lock", timeout=0):
+            for path in sorted(entries[name], reverse=True):  # the sums first: no row without them
+                path.unlink()
+            left -= sizes[name]
+    return before - left, left
+
+
 def made_with() -> str:
     """JSON of what a result was made with, beside it: versions, machine, device."""
     return json.dumps(versions() | {"machine": platform.machine(), "device": find_device()})

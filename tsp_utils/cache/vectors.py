@@ -22,11 +22,12 @@ def rows(folder: Path, label: str, inputs, functions, digests: list[bytes], make
 
     `make(positions)` yields blocks (positions, float32 [B, D]) for what is not kept yet, in that
     order; each block is kept at once, so that what was made is not made again after a kill or an
-    error. One process at a time makes vectors, or one of each `maker`. Raises OSError for a folder
-    that cannot be written, ValueError for vectors of another width.
+    error. It is kept under its digests as they are then: `make` may correct those of what changed
+    meanwhile. One process at a time makes vectors, or one of each `maker`. Raises OSError for a
+    folder that cannot be written, ValueError for vectors of another width.
     """
     store = _Rows(folder, label, inputs, functions)
-    for _ in range(2):
+    for _ in range(3):
         lacking = _first_positions(digests, store.index())
         if lacking:
             with locked(store.data.with_suffix(f".{maker}") if maker else store.data):
@@ -35,6 +36,8 @@ def rows(folder: Path, label: str, inputs, functions, digests: list[bytes], make
                     with locked(store.data) if maker else contextlib.nullcontext():
                         store.append([digests[i] for i in positions], block)
         index = store.index()
+        if _first_positions(digests, index):  # of two alike one changed before it was read
+            continue
         found, damaged = store.take([index[digest] for digest in digests])
         if not damaged:
             return found

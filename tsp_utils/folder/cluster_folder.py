@@ -1,26 +1,30 @@
 """A folder of images -> clusters.csv and report.html."""
 
+import contextlib
+import csv
 import logging
 import os
 import tempfile
-import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote, unquote_to_bytes
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
+from PIL import Image
 
 from tsp_utils import cache
 from tsp_utils.backbones import load_backbone
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.estimator import TSPClustering
 from tsp_utils.features import cached_features
+from tsp_utils.folder.readable_files import ReadableFiles
 from tsp_utils.image_folders import (
+    IMAGE_SUFFIXES,
     LARGEST_ARRAY_PX,
-    ImageFiles,
-    ReadableFiles,
     kinds_of,
     labels_from_folders,
     list_images,
@@ -28,7 +32,7 @@ from tsp_utils.image_folders import (
     split_folders,
 )
 from tsp_utils.neighbors import Neighbors, nearest_neighbors
-from tsp_utils.paths import write_whole
+from tsp_utils.paths import cache_dir, write_together
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +47,8 @@ class FolderClusters:
 
     paths relative to folder; features float32 [N, D]; clusters int64 [N]; probabilities [N, C];
     neighbors of the N images; labels int64 [N] and classes where the images lie in class folders;
-    unreadable: path -> reason; notes: sentences for the reader; made: settings, versions, seconds.
+    unreadable: path -> reason; notes: sentences for the reader; made: settings, versions, place of
+    the results; changed: paths whose files are no longer what was clustered.
     """
 
     folder: Path
@@ -58,6 +63,14 @@ class FolderClusters:
     unreadable: dict[str, str]
     notes: list[str] = field(default_factory=list)
     made: dict = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+
+    def told(self) -> list[str]:
+        """The notes, and a sentence about what changed, if anything did."""
+        return self.notes + ([
+            f"{len(self.changed)} of {len(self.paths)} files changed or went away during the run "
+            f"({_three(sorted(self.changed))}): they were clustered as they were when they were "
+            f"read. Run it again."] if self.changed else [])
 
 
 def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "patch_kmeans",
@@ -65,44 +78,50 @@ def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "patc
                    **settings) -> Path:
     """Cluster all images under a folder, whatever their sizes; returns the folder of the results.
 
-    Writes clusters.csv (path, cluster, probability) and report.html into `out`, by default
-    `clusters/<name of the folder>` under the working directory. Unreadable files are skipped and
-    listed, files that are no images counted by kind. settings go to `TSPClustering`.
+    Writes clusters.csv (path, cluster, probability) and report.html, both or none, into `out`, by
+    default `clusters/<name of the folder>` under the working directory, or beside the folder where
+    that lies in it. Unreadable files are skipped and listed, files that are no images counted by
+    kind. settings go to `TSPClustering`.
     Raises FileNotFoundError for what is no folder, FileExistsError for results that are there
-    without `force`, ValueError for too few images or too few that differ, OSError for an `out` that
-    cannot be written; nothing of the images' folder is changed.
+    without `force` or come from another run meanwhile, ValueError for too few images or too few
+    that differ, OSError for an `out` that cannot be written; nothing of the images' folder is
+    changed.
     """
     from tsp_utils.folder.page import folder_page
 
-    folder = Path(folder).expanduser()
-    others = Counter()
+    folder, others = Path(folder).expanduser(), Counter()
     paths = list_images(folder, others)
     _check_number(folder, len(paths), n_clusters)
-    out = Path(out).expanduser() if out else Path("clusters") / folder.resolve().name
-    if seed < 0:
-        raise ValueError(f"The seed is {seed}: pass 0 or more.")
-    made_here = _check_out(folder, out, force)
-    try:
-        passed = f"Passed over, as junk or as what Pillow does not read: {kinds_of(others)}."
-        if kinds_of(others):
-            logger.warning(passed)
-        found = cluster_images(folder, paths, n_clusters, backbone, seed, **settings)
-        if kinds_of(others):
-            found.notes.append(passed)
-        found.made["out"] = str(out)
-        write_csv(found, out / "clusters.csv")
-        page = folder_page(found).encode("utf-8", "backslashreplace")
-        write_whole(out / "report.html", lambda file: file.write(page))
-    except BaseException:
-        _remove_empty(made_here)
-        raise
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed is {seed}: pass a whole number from 0 to {2**32 - 1:,}.")
+    whole, here = folder.resolve(), Path.cwd()
+    place = whole.parent if here.is_relative_to(whole) else Path()
+    out = Path(out).expanduser() if out else place / "clusters" / whole.name
+    with _alone(out):
+        made_here = _check_out(folder, out, force)
+        try:
+            before = {path: _stamp(folder / path) for path in paths}
+            found = cluster_images(folder, paths, n_clusters, backbone, seed, **settings)
+            if kinds_of(others):
+                found.notes.append(f"Passed over, as junk or as what Pillow does not read: "
+                                   f"{kinds_of(others)}.")
+            found.made["out"] = str(out)
+            found.changed.update(p for p in found.paths if before[p] != _stamp(folder / p))
+            page = folder_page(found)
+            for note in found.told():
+                logger.warning(note)
+            if not force:
+                _check_out(folder, out, force)  # another run may have written meanwhile
+            write_results(found, page, out)
+        except BaseException:
+            _remove_empty(made_here)
+            raise
     return out
 
 
 def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: str, seed: int,
                    **settings) -> FolderClusters:
     """Features (cached), heads and neighbours of a folder's images, with what there is to tell."""
-    start = time.perf_counter()
     network = load_backbone(backbone)
     features, told = _features(network, folder, paths, n_clusters)
     unreadable = told["unreadable"]
@@ -115,18 +134,15 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
         raise ValueError(f"{_of_one_color(told, readable)}, which leaves too few that differ "
                          f"({distinct}) for {n_clusters} clusters: replace or delete these files, "
                          f"or pass a smaller --n-clusters.")
-    notes += _advice(network, ImageFiles(folder, readable))
+    notes += _advice(network, folder, readable)
     if len(readable) < ENOUGH * n_clusters:
         notes.append(f"{len(readable)} images are about {len(readable) // n_clusters} a cluster: "
                      f"with fewer than about {ENOUGH} the head was no better than K-means where "
                      f"we measured it (docs/your_own_images.md).")
-    extracted = time.perf_counter()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         model = TSPClustering(n_clusters, random_state=seed, **settings).fit(features)
     notes += [str(warning.message) for warning in told if warning.category is UserWarning]
-    for note in notes:
-        logger.warning(note)
     neighbors = nearest_neighbors(features, min(model.n_neighbors, len(features) - 1), model.metric)
     labels, classes = labels_from_folders(readable, ())
     return FolderClusters(
@@ -134,38 +150,32 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
         model.history_, labels, classes, unreadable, notes,
         {"backbone": backbone, "weights": (network.describe()["weights_sha256"] or "none")[:16],
          "seed": seed, "settings": model.get_params() | {"random_state": seed},
-         "seconds": {"features": round(extracted - start, 1),
-                     "clusters": round(time.perf_counter() - extracted, 1)},
          "versions": cache.versions()})
 
 
 def _features(network, folder: Path, paths: list[str], n_clusters: int):
-    """Features float32 of the images that can be read, and what was found out about the files:
+    """Features float32 of the images that can be read, and what `ReadableFiles.told` says."""
+    files = ReadableFiles(folder, paths)
 
-    {"unreadable": path -> reason, "constant": paths, "pages": path -> page taken}.
-    """
-    files, name = ReadableFiles(folder, paths), folder.resolve().name
+    def look() -> tuple[dict, np.ndarray]:
+        told = files.told()
+        kept = np.array([path not in told["unreadable"] for path in paths])
+        _check_number(folder, int(kept.sum()), n_clusters, len(told["unreadable"]))
+        return told, kept
+
     sizes = (max(image.shape[:2]) for path, image in zip(paths, files, strict=False)
              if path not in files.unreadable)  # known once the image was asked for
-
-    def told() -> dict:  # features from the cache have not seen every file
-        for i in set(range(len(paths))) - files.seen:
-            files[i]
-        return {"unreadable": files.unreadable, "constant": sorted(files.constant),
-                "pages": files.pages}
-
     if next(sizes, 0) <= LARGEST_ARRAY_PX:  # decoded at once, as `load_dataset` does it
-        found = told()
-        readable = [path for path in paths if path not in files.unreadable]
-        _check_number(folder, len(readable), n_clusters, len(files.unreadable))
-        images = read_images(folder, readable)
-        return np.asarray(cached_features(network, ImageDataset(name, None, images))), found
-    dataset = ImageDataset(name, None, files)  # photos: decoded while the network computes
-    features = cached_features(network, dataset)
-    found = cache.record("files", name, dataset.fingerprint, [ReadableFiles], told)
-    kept = np.array([path not in found["unreadable"] for path in paths])
-    _check_number(folder, int(kept.sum()), n_clusters, len(found["unreadable"]))
-    return np.asarray(features[kept]), found
+        told, kept = look()
+        try:
+            images = read_images(folder, [paths[i] for i in np.flatnonzero(kept)])
+        except OSError:  # one went away since
+            return _features(network, folder, paths, n_clusters)
+        if isinstance(images, np.ndarray):
+            return np.asarray(cached_features(network, ImageDataset("", None, images))), told
+    features = cached_features(network, ImageDataset("", None, files))  # decoded meanwhile
+    told, kept = look()
+    return np.asarray(features[kept]), told
 
 
 def _about_files(told: dict, readable: list[str]) -> list[str]:
@@ -175,7 +185,7 @@ def _about_files(told: dict, readable: list[str]) -> list[str]:
         notes.append(f"{_of_one_color(told, readable)}: look at these files, and replace or delete "
                      f"them (docs/your_own_images.md says how each kind is read).")
     if told["pages"]:
-        pages = [f"{path} ({page})" for path, page in sorted(told["pages"].items())]
+        pages = [f"{path} (page {page})" for path, page in sorted(told["pages"].items())]
         notes.append(f"Of files with several pages the first that is not of one colour was taken: "
                      f"{_three(pages)}.")
     if splits := split_folders(readable):
@@ -194,13 +204,59 @@ def _three(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def write_csv(found: FolderClusters, path: Path) -> None:
-    """One row an image: path, cluster, probability of that cluster."""
+def write_results(found: FolderClusters, page: str, out: Path) -> None:
+    """The page and the table, a row an image: path, cluster, probability of that cluster."""
     table = pd.DataFrame({
-        "path": found.paths, "cluster": found.clusters,
+        "path": [_written(path) for path in found.paths], "cluster": found.clusters,
         "probability": found.probabilities[np.arange(len(found.paths)), found.clusters].round(4)})
-    content = table.to_csv(index=False).encode("utf-8", "surrogateescape")  # names as they are
-    write_whole(path, lambda file: file.write(content))
+    quoting = csv.QUOTE_NONNUMERIC if table["path"].str.contains("\r").any() else csv.QUOTE_MINIMAL
+    write_together({
+        out / "clusters.csv": table.to_csv(index=False, quoting=quoting).encode(),
+        out / "report.html": page.encode("utf-8", "backslashreplace")})
+
+
+def _written(path: str) -> str:
+    """A path as clusters.csv has it, in UTF-8 and such that `path_of` gives it back.
+
+    What a spreadsheet or pandas could take for a formula, a number or nothing begins with "./".
+    """
+    if path.startswith("file:") or any("\ud800" <= letter <= "\udfff" for letter in path):
+        return "file:" + quote(os.fsencode(path))
+    plain = path.lower().endswith(IMAGE_SUFFIXES) and path[0] not in "=+-@\t\r\n"
+    return path if plain else f"./{path}"
+
+
+def path_of(written: str) -> str:
+    """The path, relative to the folder of the images, that a row of clusters.csv is about."""
+    if written.startswith("file:"):  # a name that is no UTF-8, byte by byte
+        return os.fsdecode(unquote_to_bytes(written[5:]))
+    return written.removeprefix("./")
+
+
+@contextlib.contextmanager
+def _alone(out: Path):
+    """Refuse a second run into one folder; the system frees the lock of a killed one."""
+    lock = FileLock(cache_dir() / "files" / f"{cache.hash_of(str(out.resolve()))}.lock")
+    try:
+        (cache_dir() / "files").mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FileExistsError(f"Another run writes into {out}: wait for it, or pass another folder "
+                              f"as --out.") from None
+    except OSError:
+        pass  # no cache to write in: found out later
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What tells that a file was changed; None for one that is gone."""
+    with contextlib.suppress(OSError):
+        there = path.stat()
+        return there.st_mtime_ns, there.st_size
+    return None
 
 
 def _check_number(folder: Path, n: int, n_clusters: int, n_unreadable: int = 0) -> None:
@@ -250,13 +306,13 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _advice(network, images: ImageFiles) -> list[str]:
+def _advice(network, folder: Path, paths: list[str]) -> list[str]:
     """One sentence where photos are shown to a backbone that was made for small images."""
-    size = network.spec.input_size
-    if size is None or size > SMALL_PX:
-        return []
-    some = [max(images[i].shape[:2]) for i in range(0, len(images), max(1, len(images) // 20))]
-    if np.median(some) <= SMALL_PX:
+    size, some = network.spec.input_size, []
+    for path in paths[:: max(1, len(paths) // 20)]:
+        with contextlib.suppress(OSError), Image.open(folder / path) as image:  # it may be gone
+            some.append(max(image.size))
+    if size is None or size > SMALL_PX or not some or np.median(some) <= SMALL_PX:
         return []
     return [f"These images are about {int(np.median(some))} px wide and {network.name} sees "
             f"{size} px of them: --backbone dino_vits16 serves photos better (it downloads 85 MB "

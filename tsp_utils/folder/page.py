@@ -8,6 +8,7 @@ import shlex
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Number
 from pathlib import Path
+from urllib.parse import quote
 
 import jinja2
 import numpy as np
@@ -22,6 +23,9 @@ from tsp_utils.metrics import clustering_metrics, confusion, match_clusters
 CLUSTER_PX, MAP_PX = 96, 64  # longer side of a thumbnail in a cluster's rows, on the map
 CLUSTER_IMAGES = 1000  # thumbnails in all clusters' rows: keeps the page below 10 MB
 EACH = 8  # most confident images a cluster, as many drawn at random, as many doubtful ones
+CHANGED = "data:image/svg+xml," + quote(
+    '<svg xmlns="http://www.w3.org/2000/svg" width="96" height="96"><rect width="96" height="96" '
+    'fill="#ddd"/><text x="48" y="52" text-anchor="middle" font-size="14">changed</text></svg>')
 MAP_POINTS, MAP_IMAGES = 2000, 500
 FEWEST_FOR_UMAP = 30  # images; fewer are laid out by principal axes
 PALETTE = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#9c755f", "#ff9da7", "#797979",
@@ -37,16 +41,18 @@ def folder_page(found) -> str:
     rows, points = map_points(found.features)
     step = math.ceil(len(rows) / MAP_IMAGES)
     hovered = rows[::step]
-    images = ImageFiles(found.folder, found.paths)
-    in_rows = _thumbnails(images, {i for kinds in shown.values() for kind in kinds for i in kind},
+    in_rows = _thumbnails(found, {i for kinds in shown.values() for kind in kinds for i in kind},
                           CLUSTER_PX)
-    on_map = _thumbnails(images, set(hovered.tolist()), MAP_PX)
+    on_map = _thumbnails(found, set(hovered.tolist()), MAP_PX)
+    sure = found.probabilities[np.arange(len(found.paths)), found.clusters]
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         (Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
     return page.render(
         found=found, name=found.folder.resolve().name, n=len(found.paths), sizes=sizes.tolist(),
         order=np.argsort(-sizes, kind="stable").tolist(), shown=shown, thumbnails=in_rows,
-        sure=found.probabilities[np.arange(len(found.paths)), found.clusters],
+        sure=sure, mean_of=[float(sure[found.clusters == c].mean()) if n else 0.0
+                            for c, n in enumerate(sizes)],
+        links={i: _link(found, i) for i in in_rows},
         nearby=[_nearby(share, c) for c, share in enumerate(shares)],
         color=lambda c: PALETTE[c] if len(shares) <= len(PALETTE) else (
             f"hsl({360 * c / len(shares):.0f} {55 + 20 * (c % 2)}% {42 + 8 * (c % 3)}%)"),
@@ -96,7 +102,10 @@ def after_the_fact(found) -> dict | None:
     matched = match_clusters(found.labels, found.clusters)
     order = np.argsort(np.where(matched < 0, len(found.classes), matched), kind="stable")
     counts = confusion(found.labels, found.clusters)
+    sizes = [np.sort(np.bincount(numbers, minlength=max(counts.shape)))[::-1]
+             for numbers in (np.unique(found.labels, return_inverse=True)[1], found.clusters)]
     return {"metrics": clustering_metrics(found.labels, found.clusters),
+            "ceiling": np.minimum(*sizes).sum() / len(found.clusters),  # the larger to the larger
             "clusters": order.tolist(), "rows": list(zip(found.classes, counts[:, order].tolist(),
                                                          strict=True)),
             "largest": max(1, int(counts.max()))}
@@ -108,10 +117,20 @@ def _nearby(share: np.ndarray, cluster: int) -> list[tuple[int, float]]:
     return [(c, 100 * share[c]) for c in others[:3] if share[c] >= 0.01]
 
 
-def _thumbnails(images: ImageFiles, rows: set[int], size: int) -> dict[int, str]:
-    """Row -> data URI of a JPEG, `size` pixels on its longer side (smaller ones as they are)."""
+def _thumbnails(found, rows: set[int], size: int) -> dict[int, str]:
+    """Row -> data URI of a JPEG, `size` pixels on its longer side (smaller ones as they are).
+
+    Of what changed since it was clustered, a drawing that says so.
+    """
+    images = ImageFiles(found.folder, found.paths)
+
     def make(row: int) -> str:
-        image = Image.fromarray(images[row])
+        try:
+            image = None if found.paths[row] in found.changed else Image.fromarray(images[row])
+        except OSError:
+            image = found.changed.add(found.paths[row])
+        if image is None:
+            return CHANGED
         image.thumbnail((size, size))
         image.save(file := io.BytesIO(), "JPEG", quality=75)
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
@@ -127,6 +146,16 @@ def _on_canvas(points, rows, found, thumbnails) -> list[dict]:
     return [{"x": round(float(x), 1), "y": round(float(y), 1), "cluster": int(found.clusters[row]),
              "path": found.paths[row], "image": thumbnails.get(int(row))}
             for (x, y), row in zip(places, rows, strict=True)]
+
+
+def _link(found, row: int) -> str:
+    """From the page to the file of an image."""
+    path = os.path.join(found.folder, found.paths[row])
+    try:
+        path = os.path.relpath(path, found.made["out"])
+    except ValueError:  # on another drive
+        return Path(path).resolve().as_uri()
+    return quote(os.fsencode(path.replace(os.sep, "/")), safe="/")
 
 
 def _curve(loss: np.ndarray) -> str:
