@@ -29,6 +29,7 @@ html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_use_index = False
+html_show_copyright = False  # README says whose text it is
 html_show_search_summary = False  # excerpts would be fetched, which a browser refuses in a folder
 
 
@@ -46,6 +47,8 @@ def shown(app, docname: str, source: list[str]) -> None:
             wanted = {"remove-cell": "colab" in tags, "hide-input": folded.get("source_hidden"),
                       "hide-output": folded.get("outputs_hidden")}
             tags += [tag for tag in wanted if wanted[tag]]
+            if "solution" in tags:
+                cell["metadata"]["mystnb"] = {"code_prompt_show": "Show a solution"}
         source[0] = json.dumps(notebook)
     elif docname.startswith("figures/"):
         source[0] = f"# The table {docname}\n\n{source[0]}"
