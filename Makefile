@@ -13,7 +13,7 @@ VENV_STAMP := .venv/.complete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cpu reproduce paper-mini paper-vectors pretrain-paper test test-quick notebooks refresh figures student api links rehearse score hero dist bench clean
+.PHONY: help setup setup-cpu reproduce paper-mini paper-vectors pretrain-paper test test-quick notebooks refresh figures student api links rehearse score hero site dist bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,13 @@ score: $(VENV_STAMP)  ## a loss of your own among those of notebook 10: LOSS=my_
 hero: $(VENV_STAMP)  ## draw the README's picture and its film
 	@$(PYTHON) -m docs.hero
 
+site: $(VENV_STAMP)  ## all pages and notebooks as HTML in site/, read without a network: needs pip install -e .[site]
+	@$(PYTHON) -c 'import furo, latex2mathml, myst_nb, sphinx_external_toc' 2>/dev/null || { echo 'error: the site is made by packages that are not here; install them once: $(PYTHON) -m pip install -e ".[site]"'; exit 1; }
+	@rm -rf build/site
+	@$(PYTHON) -m sphinx -q -c docs . build/site/html
+	@rm -rf site build/site/html/.doctrees && mv build/site/html site && rm -rf build/site
+	@echo "Open site/index.html"
+
 dist: $(VENV_STAMP)  ## the sdist, and the wheel made from it, in dist/, checked: needs pip install build twine
 	@$(PYTHON) -m build
 	@$(PYTHON) -m twine check --strict dist/*
@@ -91,6 +98,6 @@ dist: $(VENV_STAMP)  ## the sdist, and the wheel made from it, in dist/, checked
 bench: $(VENV_STAMP)  ## measure speed and memory, print the table of docs/speed.md
 	@$(PYTHON) -m benchmarks.bench
 
-clean:  ## remove caches and executed notebooks (data/, .venv, pretrained arms and paper-mini's record stay)
-	rm -rf cache
+clean:  ## remove caches, executed notebooks and the site (data/, .venv, pretrained arms and paper-mini's record stay)
+	rm -rf cache site
 	@if [ -d runs ]; then find runs -mindepth 1 -maxdepth 1 ! -name pretrain ! -name 'paper-mini*' -exec rm -rf {} +; fi

@@ -1,6 +1,7 @@
 """docs/api.md, from the docstrings of the public names: python docs/make_api.py."""
 
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -16,12 +17,18 @@ def entry(name: str, thing) -> str:
         kind = type(thing).__name__
         held = f": {', '.join(map(str, thing))}" if isinstance(thing, dict) else ""
         return f"### `{name}`\n\n{kind} of {len(thing)}{held}.\n"
-    parts = [f"### `{name}{signature(thing)}`", inspect.getdoc(thing)]
+    parts = [f"### `{name}{signature(thing)}`", prose(thing)]
     if inspect.isclass(thing):
-        parts += [f"**`.{method}{signature(member)}`** " + (inspect.getdoc(member) or "")
+        parts += [f"**`.{method}{signature(member)}`** " + prose(member)
                   for method, member in vars(thing).items()
                   if inspect.isfunction(member) and method[0] != "_"]
     return "\n\n".join(parts) + "\n"
+
+
+def prose(thing) -> str:
+    """A docstring as Markdown: a product keeps its star, and errors begin a paragraph."""
+    text = re.sub(r"(?<=[.:)])\s+(?=Raises\b)", "\n\n", inspect.getdoc(thing) or "")
+    return re.sub(r"(?<=\w)\*(?=\w)", r"\\*", text)
 
 
 class Long:

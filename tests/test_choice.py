@@ -4,15 +4,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from tsp_utils import load_backbone, weights
 from tsp_utils.backbones import BACKBONES
 from tsp_utils.folder import choice
-from tsp_utils.folder.choice import SHIPPED, choose_backbone
+from tsp_utils.folder.choice import SHIPPED, choose_backbone, usual_px
 from tsp_utils.paths import shipped_records
-
-rng = np.random.default_rng(0)
-PHOTOS = [rng.integers(0, 256, (90, 120, 3), np.uint8) for _ in range(5)]
 
 
 @pytest.fixture
@@ -31,20 +29,34 @@ def at_hand(monkeypatch):
 
 
 @pytest.mark.parametrize("there, chosen, reason", [
-    (["dino_vits16", "efficientnet_lite0"], "dino_vits16", "sees 224 px of images"),
+    (["dino_vits16", "efficientnet_lite0"], "dino_vits16", "sees 224 px of images that are about"),
     (["efficientnet_lite0"], "efficientnet_lite0", "pretrained WITH the labels"),
-    ([], "invariant_patches", "sees 32 px of images of about 120 px: DINO's host does not"),
+    ([], "invariant_patches", "sees 32 px of images that are about 120 px wide: DINO's"),
 ])
 def test_photos_get_the_first_network_that_can_be_had_and_the_reason_says_what_is_lost(
         at_hand, there, chosen, reason):
     at_hand[0].update(there)
-    name, why = choose_backbone(PHOTOS)
+    name, (why,) = choose_backbone("auto", 120)
     assert name == chosen and reason in why and why.endswith(".")
 
 
 def test_small_images_get_what_ships_and_nothing_is_asked_of_a_network(at_hand):
-    name, why = choose_backbone([image[:64, :64] for image in PHOTOS])
-    assert name == "invariant_patches" and at_hand[1] == [name] and "about 64 px" in why
+    assert choose_backbone("auto", 64) == (SHIPPED, []) and at_hand[1] == [SHIPPED]
+
+
+def test_a_name_is_obeyed_and_told_where_it_sees_little_of_photos():
+    assert choose_backbone("patch_kmeans", 64)[1] == choose_backbone("pixels", 500)[1] == []
+    assert choose_backbone("patch_kmeans", 500)[1] == [
+        "These images are about 500 px wide and patch_kmeans sees 32 px of them: --backbone auto "
+        "looks for a network that sees more."]
+
+
+def test_the_usual_size_is_read_from_the_files_that_open(tmp_path):
+    for side in (40, 100, 300):
+        Image.new("L", (side, 20)).save(tmp_path / f"{side}.png")
+    (tmp_path / "no.png").write_text("no image")
+    assert usual_px(tmp_path, ["100.png", "300.png", "40.png", "no.png", "gone.png"]) == 100
+    assert usual_px(tmp_path, ["no.png"]) == 0
 
 
 def test_the_choice_is_the_best_measured_of_what_can_be_had():
@@ -69,7 +81,7 @@ def test_efficientnet_s_file_is_the_published_network_in_timm_s_order():
     for name, value in backbone.model.state_dict().items():
         torch.testing.assert_close(value, ours[name])
     assert backbone.prepare(np.full((1, 8, 8, 3), 255, np.uint8)).max() == 1  # mean, std 0.5
-    assert backbone(rng.integers(0, 256, (2, 32, 32, 3), np.uint8)).shape == (2, 1280)
+    assert backbone(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2, 1280)
 
 
 def test_a_packaged_network_that_is_not_installed_says_how_to_get_it(monkeypatch):

@@ -61,7 +61,7 @@ def test_a_table_and_a_page_are_those_of_three_lines_of_python_and_nothing_is_to
         photos, monkeypatch):
     (photos / "000.png").rename(photos / "naïve名 with spaces.png")
     before, idle = content(photos), load_backbone("patch_kmeans")
-    out = cluster_folder(photos, 4, **QUICK)
+    out = cluster_folder(photos, 4, backbone="patch_kmeans", **QUICK)
     assert out == type(out)("clusters") / "photos" and content(photos) == before
     table = pd.read_csv(out / "clusters.csv")
     assert list(table["path"]) == sorted(path.name for path in photos.iterdir())
@@ -70,6 +70,7 @@ def test_a_table_and_a_page_are_those_of_three_lines_of_python_and_nothing_is_to
     assert table["cluster"].tolist() == model.labels_.tolist()
     sure = model.predict_proba(features).max(1)
     np.testing.assert_allclose(table["probability"], sure, atol=1e-3)
+    np.testing.assert_allclose(table["stability"], model.stability_, atol=1e-3)
     page = (out / "report.html").read_text()
     assert page.count('<section class="cluster"') == table["cluster"].nunique()
     assert "after the fact" not in page
@@ -81,7 +82,7 @@ def test_a_table_and_a_page_are_those_of_three_lines_of_python_and_nothing_is_to
     } <= {path.resolve() for path in photos.iterdir()}
 
     monkeypatch.setattr(idle, "encode", None)  # a second run extracts nothing
-    monkeypatch.setattr("tsp_utils.folder.cluster_folder.load_backbone", lambda name: idle)
+    monkeypatch.setattr("tsp_utils.folder.choice.load_backbone", lambda name: idle)
     again = cluster_images(photos, find_images(photos), 5, "patch_kmeans", seed=1, **QUICK)
     np.testing.assert_array_equal(again.features, features)
     assert again.neighbors.indices.shape == (60, 20) and again.probabilities.shape == (60, 5)
@@ -330,8 +331,8 @@ def test_photos_are_told_of_a_better_backbone_and_small_images_are_not(tmp_path,
         write(tmp_path / "small" / f"{i}.jpg", rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
     for name, told in (("large", True), ("small", False)):
         caplog.clear()
-        cluster_folder(tmp_path / name, 2, **QUICK)
-        assert ("dino_vits16 serves photos better (it downloads 85 MB" in caplog.text) == told
+        cluster_folder(tmp_path / name, 2, backbone="patch_kmeans", **QUICK)
+        assert ("--backbone auto looks for a network that sees more" in caplog.text) == told
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which(
@@ -398,8 +399,9 @@ def test_a_large_folder_keeps_the_page_small(monkeypatch):
     probabilities = rng.dirichlet(np.ones(n_clusters), n)
     found = type("Found", (), dict(
         folder=REPOSITORY, paths=tuple(f"{i}.jpg" for i in range(n)), clusters=probabilities.argmax(
-            1), probabilities=probabilities, features=rng.normal(size=(n, 4)), labels=None,
-        classes=(), unreadable={}, notes=[], history={"loss": np.linspace(1, 0, 100)},
+            1), probabilities=probabilities, stability=np.ones(n), labels=None,
+        features=rng.normal(size=(n, 4)), classes=(), unreadable={}, notes=[],
+        history={"loss": np.linspace(1, 0, 100)},
         neighbors=type("Neighbors", (), {"indices": rng.integers(0, n, (n, 20))}),
         made={"backbone": "made up", "weights": "", "seed": 0, "out": "clusters/a",
               "settings": TSPClustering().get_params(), "versions": {}},

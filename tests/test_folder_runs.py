@@ -241,7 +241,7 @@ def test_what_was_seen_once_is_not_seen_again(tmp_path, monkeypatch, side):
     network, encoded, decoded = load_backbone("patch_kmeans"), [], []
     encode, decode = network.encode, image_folders._decode
     monkeypatch.setattr(network, "encode", lambda x: encoded.append(len(x)) or encode(x))
-    monkeypatch.setattr(module, "load_backbone", lambda name: network)
+    monkeypatch.setattr("tsp_utils.folder.choice.load_backbone", lambda name: network)
     monkeypatch.setattr("tsp_utils.image_folders._decode",
                         lambda *args: decoded.append(args) or decode(*args))
 

@@ -15,7 +15,8 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])}
 README, RESULTS, GUIDE = (PAGES[name] for name in (
     "README.md", "docs/results.md", "docs/your_own_images.md"))
-PROSE = ("README.md", "docs/teaching.md", "docs/where_tsp_sits.md")  # held to short sentences
+PROSE = (  # held to short sentences
+    "README.md", "docs/glossary.md", "docs/teaching.md", "docs/where_tsp_sits.md")
 
 
 def figure(name: str) -> pd.DataFrame:
@@ -94,7 +95,11 @@ def test_every_link_of_a_page_leads_somewhere(name):
         to = (ROOT / name).parent / path if path else ROOT / name
         assert to.exists(), f"{link} is linked and not there"
         if section:
-            titles = re.findall(r"^#+ (.+)$", to.read_text("utf-8"), re.M)
+            text = to.read_text("utf-8")
+            if to.suffix == ".ipynb":
+                text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"]
+                                 if cell["cell_type"] == "markdown")
+            titles = re.findall(r"^#+ (.+)$", text, re.M)
             assert section in map(anchor, titles), f"{link}: no such section"
 
 

@@ -30,8 +30,8 @@ def parser() -> argparse.ArgumentParser:
     cluster.set_defaults(do=cluster_images)
     cluster.add_argument("folder", help="images, nested or flat, of any size; it is not changed")
     cluster.add_argument("--n-clusters", type=int, required=True, help="yours to choose; required")
-    cluster.add_argument("--backbone", default="patch_kmeans",
-                         help="patch_kmeans (default, 32 px), dino_vits16 for photos, timm:NAME")
+    cluster.add_argument("--backbone", default="auto",
+                         help="default auto: by the images' size, of what can be had; or a name")
     cluster.add_argument("--out", default=None, help="default: clusters/NAME OF THE FOLDER")
     cluster.add_argument("--n-neighbors", type=int, default=20, help="K of Eq. 4, default 20")
     cluster.add_argument("--entropy-weight", type=float, default=3.0,

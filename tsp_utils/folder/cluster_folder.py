@@ -14,13 +14,12 @@ from urllib.parse import quote, unquote_to_bytes
 import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
-from PIL import Image
 
 from tsp_utils import cache
-from tsp_utils.backbones import load_backbone
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.estimator import TSPClustering
 from tsp_utils.features import cached_features
+from tsp_utils.folder.choice import choose_backbone, usual_px
 from tsp_utils.folder.readable_files import ReadableFiles
 from tsp_utils.image_folders import (
     IMAGE_SUFFIXES,
@@ -38,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 ENOUGH = 50  # images a cluster, measured in notebook 09
 FEWEST = 4  # images: Eq. 4 takes the distance to the third neighbour
-SMALL_PX = 64  # a backbone that sees no more than this wastes what a photo shows
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +44,10 @@ class FolderClusters:
     """What the report shows: the images of a folder that could be read, and their clusters.
 
     paths relative to folder; features float32 [N, D]; clusters int64 [N]; probabilities [N, C];
-    neighbors of the N images; labels int64 [N] and classes where the images lie in class folders;
-    unreadable: path -> reason; notes: sentences for the reader; made: settings, versions, place of
-    the results; changed: paths whose files are no longer what was clustered.
+    stability [N], the share of the heads' votes that put an image there; neighbors of the N images;
+    labels int64 [N] and classes where the images lie in class folders; unreadable: path -> reason;
+    notes: sentences for the reader; made: settings, versions, place of the results; changed: paths
+    whose files are no longer what was clustered.
     """
 
     folder: Path
@@ -56,6 +55,7 @@ class FolderClusters:
     features: np.ndarray
     clusters: np.ndarray
     probabilities: np.ndarray
+    stability: np.ndarray
     neighbors: Neighbors
     history: dict[str, np.ndarray]
     labels: np.ndarray | None
@@ -73,15 +73,16 @@ class FolderClusters:
             f"read. Run it again."] if self.changed else [])
 
 
-def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "patch_kmeans",
+def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "auto",
                    out: str | Path | None = None, force: bool = False, seed: int = 0,
                    **settings) -> Path:
     """Cluster all images under a folder, whatever their sizes; returns the folder of the results.
 
-    Writes clusters.csv (path, cluster, probability) and report.html, both or none, into `out`, by
-    default `clusters/<name of the folder>` under the working directory, or beside the folder where
-    that lies in it. Unreadable files are skipped and listed, files that are no images counted by
-    kind. settings go to `TSPClustering`.
+    Writes clusters.csv (path, cluster, probability, stability) and report.html, both or none, into
+    `out`, by default `clusters/<name of the folder>` under the working directory, or beside the
+    folder where that lies in it. Unreadable files are skipped and listed, files that are no images
+    counted by kind. backbone: a name, or "auto" (`choose_backbone`); settings go to
+    `TSPClustering`.
     Raises FileNotFoundError for what is no folder, FileExistsError for results that are there
     without `force` or come from another run meanwhile, ValueError for too few images or too few
     that differ, OSError for an `out` that cannot be written; nothing of the images' folder is
@@ -122,7 +123,7 @@ def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "patc
 def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: str, seed: int,
                    **settings) -> FolderClusters:
     """Features (cached), heads and neighbours of a folder's images, with what there is to tell."""
-    network = load_backbone(backbone)
+    network, advice = choose_backbone(backbone, usual_px(folder, paths))
     features, told = _features(network, folder, paths, n_clusters)
     unreadable = told["unreadable"]
     readable = [path for path in paths if path not in unreadable]
@@ -134,7 +135,7 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
         raise ValueError(f"{_of_one_color(told, readable)}, which leaves too few that differ "
                          f"({distinct}) for {n_clusters} clusters: replace or delete these files, "
                          f"or pass a smaller --n-clusters.")
-    notes += _advice(network, folder, readable)
+    notes += advice
     if len(readable) < ENOUGH * n_clusters:
         notes.append(f"{len(readable)} images are about {len(readable) // n_clusters} a cluster: "
                      f"with fewer than about {ENOUGH} the head was no better than K-means where "
@@ -146,9 +147,9 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
     neighbors = nearest_neighbors(features, min(model.n_neighbors, len(features) - 1), model.metric)
     labels, classes = labels_from_folders(readable, ())
     return FolderClusters(
-        folder, tuple(readable), features, model.labels_, model.predict_proba(features), neighbors,
-        model.history_, labels, classes, unreadable, notes,
-        {"backbone": backbone, "weights": (network.describe()["weights_sha256"] or "none")[:16],
+        folder, tuple(readable), features, model.labels_, model.predict_proba(features),
+        model.stability_, neighbors, model.history_, labels, classes, unreadable, notes,
+        {"backbone": network.name, "weights": (network.describe()["weights_sha256"] or "none")[:16],
          "seed": seed, "settings": model.get_params() | {"random_state": seed},
          "versions": cache.versions()})
 
@@ -205,10 +206,11 @@ def _three(names: list[str]) -> str:
 
 
 def write_results(found: FolderClusters, page: str, out: Path) -> None:
-    """The page and the table, a row an image: path, cluster, probability of that cluster."""
+    """The page and the table, a row an image: path, cluster, its probability, its stability."""
     table = pd.DataFrame({
         "path": [_written(path) for path in found.paths], "cluster": found.clusters,
-        "probability": found.probabilities[np.arange(len(found.paths)), found.clusters].round(4)})
+        "probability": found.probabilities[np.arange(len(found.paths)), found.clusters].round(4),
+        "stability": found.stability.round(4)})
     quoting = csv.QUOTE_NONNUMERIC if table["path"].str.contains("\r").any() else csv.QUOTE_MINIMAL
     write_together({
         out / "clusters.csv": table.to_csv(index=False, quoting=quoting).encode(),
@@ -304,16 +306,3 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         if os.path.isdir(folder) and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def _advice(network, folder: Path, paths: list[str]) -> list[str]:
-    """One sentence where photos are shown to a backbone that was made for small images."""
-    size, some = network.spec.input_size, []
-    for path in paths[:: max(1, len(paths) // 20)]:
-        with contextlib.suppress(OSError), Image.open(folder / path) as image:  # it may be gone
-            some.append(max(image.size))
-    if size is None or size > SMALL_PX or not some or np.median(some) <= SMALL_PX:
-        return []
-    return [f"These images are about {int(np.median(some))} px wide and {network.name} sees "
-            f"{size} px of them: --backbone dino_vits16 serves photos better (it downloads 85 MB "
-            f"once)."]
