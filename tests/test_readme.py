@@ -5,9 +5,12 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+
+from tsp_utils.paths import shipped_records
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "figures"
@@ -221,3 +224,26 @@ def test_the_picture_and_the_film_are_of_one_run_and_small():
     assert (ROOT / "docs" / "hero.gif").stat().st_size < 3e6
     falls = curve["loss"].iloc[0] > curve["loss"].iloc[-1]  # as the README says of the film
     assert falls and curve["acc"][:20].min() < curve["acc"][0] < curve["acc"].iloc[-1]
+
+
+def test_the_guide_s_tables_of_stability_and_of_backbones_are_the_records():
+    """And what it says of them: votes agree at least as often, stable images are put alike."""
+    rows, good = shipped_records("stability"), []
+    assert [row["kind"] for row in rows] == ["tuned"] * 5 + ["fresh"] * 4
+    for r in rows:
+        best, votes = (np.mean(r[name]["four_fifths"]) for name in ("best", "all"))
+        stable, others = (np.sum(r["kept"][name], 0) for name in ("stable", "others"))
+        shares = f"{100 * stable[0] / stable[1]:.1f} | {100 * others[0] / others[1]:.1f} |"
+        name = f"{r['dataset']}, `{r['backbone']}`{', *fresh*' * (r['kind'] == 'fresh')}"
+        assert f"| {name} | {r['consistency']:.1f} | {best:.1f} | {votes:.1f} | {shares}" in GUIDE
+        assert best < votes and stable[0] / stable[1] > max(0.9, others[0] / others[1])
+        assert abs(np.mean(r["all"]["acc"]) - np.mean(r["best"]["acc"])) < 2
+        good += [votes] if r["consistency"] >= 60 else []
+    assert len(good) == 6 and sum(votes >= 90 for votes in good) == 5
+    assert f"five of these six sets reach it, the last has {good[-1]:.2f}." in GUIDE
+    kinds: dict = {}
+    for r in shipped_records("kinds_of_images"):
+        kinds.setdefault((r["kind"], r["n"], r["n_clusters"]), []).append(
+            f"{np.mean(r['head']['acc']):.1f} ± {np.std(r['head']['acc'], ddof=1):.1f}")
+    for (kind, n, n_clusters), cells in kinds.items():
+        assert f"| {kind} | {n:,}, {n_clusters} | {' | '.join(cells)} |" in GUIDE
