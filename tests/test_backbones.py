@@ -1,8 +1,12 @@
 """Backbones: official checkpoint formats, damaged ones, transforms, names, devices, dtypes."""
 
 import argparse
+import contextlib
 import itertools
 import pathlib
+import socket
+import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -18,6 +22,7 @@ from torchvision.transforms.v2 import functional as TF2
 
 from tsp_utils import backbones, weights
 from tsp_utils.backbones import BACKBONES, Backbone, BackboneSpec, load_backbone
+from tsp_utils.paths import check_reachable
 
 MINI = dict(img_size=32, patch_size=4, num_classes=0)  # vit_mini_random's options, written again
 IMAGENET = (torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
@@ -36,6 +41,7 @@ def weights_dir(tmp_path, monkeypatch):
     """An empty TSP_DATA/weights, and no network."""
     monkeypatch.setenv("TSP_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(weights, "check_reachable", lambda url: None)
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *args, pretrained=False, **kwargs:
                         refuse() if pretrained else create(*args, **kwargs))
@@ -84,6 +90,90 @@ def test_checkpoints_in_every_official_format_load(tmp_path, trained, save, cont
     assert not torch.allclose(untrained(images), due, atol=0.1)
 
 
+@pytest.mark.parametrize("content", [
+    lambda state: {"model": state, "epoch": 3}, lambda state: {"state_dict": state, "args": [1]},
+    lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
+    lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
+    lambda state: {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}},
+    lambda state: {"state_dict": {f"module.backbone.{key}": value
+                                  for key, value in state.items()}}])
+def test_checkpoints_of_other_trainers_load(tmp_path, trained, content):
+    torch.save(content(trained.state_dict()), path := tmp_path / "a.pth")
+    loaded = load_backbone("vit_mini_random", "cpu", path).model.state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in trained.state_dict().items())
+
+
+def test_a_file_is_known_by_what_it_holds_and_not_by_its_ending(tmp_path, trained):
+    for save, name in ((save_file, "a.pth"), (save_file, "b.bin"), (torch.save, "c.safetensors")):
+        save(trained.state_dict(), tmp_path / name)
+        loaded = load_backbone("vit_mini_random", "cpu", tmp_path / name).model
+        assert torch.equal(loaded.pos_embed, trained.pos_embed)
+
+
+def test_a_position_grid_of_another_size_is_resampled_where_it_is_asked_for(tmp_path, trained):
+    torch.save(trained.state_dict(), path := tmp_path / "a.pth")
+    spec = BACKBONES["vit_mini_random"]
+    backbone = load_backbone(spec.for_size(48), "cpu", path, "float32")
+    found = backbone.model.pos_embed
+    assert found.shape == (1, 145, 192) and torch.equal(found[:, :1], trained.pos_embed[:, :1])
+    rows = trained.pos_embed[:, 1:].unflatten(1, (8, 8)).permute(0, 3, 1, 2)
+    due = torch.nn.functional.interpolate(rows, (12, 12), mode="bicubic", antialias=True)
+    torch.testing.assert_close(found[:, 1:], due.flatten(2).mT)
+    assert backbone(images_of(2, 48, 48, 3)).shape == (2, 192)
+    same = load_backbone(spec.for_size(32), "cpu", path, "float32").model
+    assert torch.equal(same.pos_embed, trained.pos_embed)
+    resnet = load_backbone(BACKBONES["resnet_nano_cpu"].for_size(64), "cpu")
+    assert resnet(images_of(2, 64, 64, 3)).shape == (2, resnet.dim)
+
+
+@contextlib.contextmanager
+def a_host(answer: bytes | None):
+    """A server that answers so, or takes calls and never answers; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    call, _ = server.accept()
+                    calls.append(call)
+                    if answer is not None:
+                        call.sendall(answer)
+                        call.close()
+
+        calls: list = []
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/file"
+
+
+def test_a_host_that_does_not_answer_is_given_up_at_once(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    start = time.monotonic()
+    found = b"HTTP/1.0 200 OK\r\n\r\n", b"HTTP/1.0 404 Not Found\r\n\r\n"
+    with a_host(None) as silent, a_host(found[0]) as good, a_host(found[1]) as lacking:
+        check_reachable(good)
+        check_reachable(lacking)  # what is wrong the download says
+        check_reachable("http://127.0.0.1:1/refused", good)
+        with pytest.raises(OSError, match=r"(?i)no answer within|timed out"):
+            check_reachable(silent, seconds=0.5)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3))  # a name server
+    with pytest.raises(OSError, match="no answer within"):
+        check_reachable("http://example.org/", seconds=0.5)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("name, host", [("dino_vits16", "dl.fbaipublicfiles.com"),
+                                        ("timm:resnet18", "huggingface.co")])
+def test_what_cannot_be_had_is_not_tried_again_and_again(weights_dir, monkeypatch, capfd, name,
+                                                         host):
+    def unreachable(url):
+        raise OSError("no name server")
+
+    monkeypatch.setattr(weights, "check_reachable", unreachable)
+    monkeypatch.setattr(weights, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("tried"))
+    said = refused(ConnectionError, f"from {host} .*no name server", None, name)
+    assert str(weights_dir) in said and capfd.readouterr() == ("", "")
+
+
 def test_the_feature_of_a_vit_is_its_class_token_after_the_last_norm():
     backbone = load_backbone("vit_mini_random", "cpu", dtype="float32")
     images = images_of(3, 32, 32, 3)
@@ -112,7 +202,7 @@ def refused(kind, said, path, name="vit_mini_random", device="cpu", dtype="auto"
      r"does not fit vit_mini_random \(vit_tiny.*missing cls_t"),
     (lambda state: {"teacher": state, "args": pathlib.PurePosixPath("x")},
      r"pickles a pathlib\.PurePosixPath"),
-    (lambda state: {"model": state}, "holds no state dict"),
+    (lambda state: {"weights": state}, "holds no state dict"),
     (lambda _: [1, 2], "holds no state dict"),
 ])
 def test_checkpoints_that_do_not_fit_are_refused_by_name(tmp_path, trained, content, said):

@@ -356,7 +356,7 @@ def test_a_download_arrives_whole_and_a_broken_one_leaves_what_was_there(tmp_pat
     before = everything_under(tmp_path)
     breaks = True
     monkeypatch.setattr(urllib.request, "urlopen",
-                        lambda request: Response(content, request.full_url, breaks))
+                        lambda request, **_: Response(content, request.full_url, breaks))
     assert "cut" in refused(ConnectionError, "cifar10", "test", tmp_path)
     assert everything_under(tmp_path) == before and mine.read_bytes() == b"mine"
     breaks, new = False, tmp_path / "new"

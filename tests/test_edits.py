@@ -23,7 +23,7 @@ EDITS = {
     "`other_losses.cc`, a rival's loss": "cc",
     "`metrics.clustering_metrics`": "clustering_metrics",
     "`verdicts.decide`": "decide",
-    "`cluster_folder.write_csv`": "write_csv",
+    "`cluster_folder.write_results`": "write_results",
 }
 
 

@@ -21,6 +21,7 @@ from tsp_utils import (
     scale_features,
     train_heads,
 )
+from tsp_utils.estimator import check_weights
 from tsp_utils.study.feature_sets import load_vectors
 
 X, CLASSES = make_blobs(400, 8, centers=4, random_state=0)
@@ -112,6 +113,52 @@ def test_a_factor_on_the_features_changes_no_cluster(fitted, factor):
     np.testing.assert_array_equal(fitted.labels_, scaled.labels_)
     np.testing.assert_array_equal(scaled.predict(factor * X), scaled.labels_)
     assert scaled.scale_ * factor == pytest.approx(fitted.scale_)
+
+
+ROW, CONSTANT = X.copy(), np.full((400, 1), 1.0)
+ROW[7] *= 1e8
+
+
+@pytest.mark.parametrize("x", [
+    1e18 * X, 1e25 * X, 1e-25 * X, np.float32(1e25) * X.astype(np.float32), 1e39 * X, 1e300 * X,
+    np.hstack([X, 0 * CONSTANT])])
+def test_features_of_any_size_give_the_clusters_of_the_unscaled_ones(fitted, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = TSPClustering(4, **QUICK).fit(x, np.array(list("abcd"))[CLASSES])  # labels: text
+    np.testing.assert_array_equal(found.labels_, fitted.labels_)
+
+
+@pytest.mark.parametrize("x, sentence", [
+    (X + 1e4, r"Column \d of the features .*: its mean is 7e\+02 times"),
+    ((X + 1e4).astype(np.float32), r"Column \d of the features .* Subtract each column's mean"),
+    (X + 1e8, r"Column \d of the features"), (1e300 * (X + 1e4), r"Column \d of the features"),
+    (ROW, r"Row 7 of the features outweighs the rest: it is 1e\+08 times as long"),
+    (ROW.astype(np.float32), "Row 7 of the features"), (1e200 * ROW, "Row 7 of the features"),
+    (np.where(np.arange(400)[:, None] % 99 == 7, ROW * 1e8 + X * 1e8, X), "Row 7 of the features"),
+    (np.hstack([X, 1e6 * CONSTANT]), "Column 8 of the features")])
+def test_a_row_or_column_that_outweighs_the_rest_is_named(x, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TSPClustering(4, **QUICK).fit(x)
+
+
+@pytest.mark.parametrize("x, sentence", [
+    (np.hstack([X, 1e3 * CONSTANT]), "Column 8 of the features .* mean is 7e"),
+    (np.hstack([X, 1e6 * np.arange(400)[:, None]]), "Column 8 .* holds 100.0 % of their variance")])
+@pytest.mark.filterwarnings("ignore:Collapse")
+def test_a_column_that_may_outweigh_the_rest_is_a_warning(x, sentence):
+    with pytest.warns(UserWarning, match=sentence):
+        TSPClustering(4, **QUICK).fit(x)
+
+
+def test_many_zero_rows_a_long_row_and_one_column_alone_are_ordinary():
+    x = X.copy()
+    x[:250] = 0
+    x[399] *= 100
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_weights(x)
+        check_weights(X[:, :1])
 
 
 def test_random_starts_on_few_float32_samples_lower_the_neighbours_with_a_warning():

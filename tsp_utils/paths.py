@@ -58,7 +58,8 @@ def check_reachable(*urls: str, seconds: float = 8) -> None:
 
     def ask(url: str) -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds)
+            call = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(call, timeout=seconds).close()
             answers.put(None)
         except urllib.error.HTTPError:  # it answers: what is wrong the download says
             answers.put(None)
