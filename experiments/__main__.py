@@ -25,6 +25,7 @@ EXPERIMENTS = {
                "features of the paper's networks by the official code, from seeded weights"),
     "heads": ("heads", "run_heads_compared", "every head, ten seeds (an hour)"),
     "quality": ("quality", "climb", "what a head adds on every rung of feature quality"),
+    "how-many": ("how_many", "ask", "how many clusters, by criteria without labels (20 minutes)"),
     "official-rivals": ("official_rivals", "official_rivals",
                         "SCAN's and TEMI's published training code beside ours"),
 }

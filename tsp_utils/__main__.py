@@ -37,6 +37,16 @@ def parser() -> argparse.ArgumentParser:
                          help="default 3; lower it where clusters should differ in size")
     cluster.add_argument("--seed", type=int, default=0, help="another one starts anew")
     cluster.add_argument("--force", action="store_true", help="replace results that are there")
+    suggest = commands.add_parser("suggest", help="how many clusters a folder may have")
+    suggest.set_defaults(do=suggest_number)
+    suggest.add_argument("folder", help="as of cluster; it is not changed")
+    suggest.add_argument("--min-clusters", type=int, default=2, help="default 2")
+    suggest.add_argument("--max-clusters", type=int, default=None, help="default 30")
+    suggest.add_argument("--backbone", default=cluster.get_default("backbone"),
+                         help="as of cluster")
+    suggest.add_argument("--out", default=None, help="default: clusters/NAME OF THE FOLDER")
+    suggest.add_argument("--seed", type=int, default=0, help="another one starts anew")
+    suggest.add_argument("--force", action="store_true", help="replace results that are there")
     vectors = commands.add_parser("bundle-vectors", help="take in a file of make paper-vectors")
     vectors.set_defaults(do=take_in)
     vectors.add_argument("file", help="features, labels and their card; it is checked, and copied")
@@ -51,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments) -> int:
     args = parser().parse_args(arguments)
     from tsp_utils.paths import IS_CLONE
-    if not IS_CLONE and args.command not in ("cluster", "bundle-vectors"):
+    if not IS_CLONE and args.command not in ("cluster", "suggest", "bundle-vectors"):
         raise OSError(f"{args.command} works on the notebooks and records of a clone, and this is "
                       f"an installed package; clone the repository and run it there.")
 
@@ -92,6 +102,15 @@ def cluster_images(args) -> None:
                          force=args.force, seed=args.seed, n_neighbors=args.n_neighbors,
                          entropy_weight=args.entropy_weight)
     print(f"{out / 'clusters.csv'}\n{out / 'report.html'}")
+
+
+def suggest_number(args) -> None:
+    from tsp_utils.folder.how_many import WORTH, suggest_folder
+    out, found = suggest_folder(args.folder, args.min_clusters, args.max_clusters, seed=args.seed,
+                                backbone=args.backbone, out=args.out, force=args.force)
+    for name, words in WORTH.items():
+        print(f"{words}: {found.picks[name]}")
+    print(f"{out / 'how_many.csv'}\n{out / 'how_many.png'}")
 
 
 def take_in(args) -> None:
