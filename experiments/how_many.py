@@ -20,7 +20,12 @@ from sklearn.metrics import adjusted_rand_score, pairwise_distances, silhouette_
 from tsp_utils import cache
 from tsp_utils.cache import versions
 from tsp_utils.devices import hardware
-from tsp_utils.folder.how_many import HowMany, candidates_between, suggest_n_clusters
+from tsp_utils.folder.how_many import (
+    WORTH,
+    HowMany,
+    candidates_between,
+    suggest_n_clusters,
+)
 from tsp_utils.k_means import kmeans
 from tsp_utils.paths import bundled_dir, shipped_records, write_lines
 from tsp_utils.study.feature_sets import FeatureSet, extract, load_images, spread_rows
@@ -41,8 +46,18 @@ CELLS = (
     ("fashion-mnist", ONE, 5, USUAL, 2000), ("fashion-mnist", TWO, 5, USUAL, 2000),
     ("tinyimagenet32", ONE, 20, USUAL, 2000), ("tinyimagenet32", TWO, 20, USUAL, 2000),
     ("tinyimagenet32", ONE, 100, WIDE, 5000), ("tinyimagenet32", TWO, 100, WIDE, 5000),
-    ("digits", "pixels", None, WIDE, 2000), ("cifar10", TWO, None, WIDE, 2000),
 )
+
+# What the page calls them: of the library, K-means' own stability, what a user would pick instead.
+NAMES = {
+    "stability": "stability of heads", "prediction_strength": "prediction strength",
+    "silhouette": "silhouette", "silhouette_umap": "silhouette on the UMAP",
+    "silhouette_ward": "silhouette, UMAP + Ward", "eigengap": "eigengap",
+    "excess_loss": "loss corrected", "stability_kmeans": "stability of K-means",
+    "ward_cut": "UMAP + Ward, longest branch", "finch": "FINCH",
+    "hdbscan_map": "HDBSCAN on the UMAP", "hdbscan_map_1%": "the same, clusters of 1 %",
+    "hdbscan_features": "HDBSCAN", "always 10": "ten, always",
+}
 
 
 def cells() -> Iterator[tuple[FeatureSet, tuple[int, int], int]]:
@@ -150,11 +165,70 @@ def finch(x: np.ndarray) -> list[np.ndarray]:
     return levels
 
 
-def errors(records: list[dict] | None = None) -> pd.DataFrame:
-    """|picked - K| / K of each cell, criterion and seed, with the cell's own columns."""
-    records = shipped_records("how_many") if records is None else records
+def errors() -> pd.DataFrame:
+    """|picked - K| / K of each cell, seed and criterion of the records, a row each."""
     return pd.DataFrame([
-        {key: record[key] for key in ("dataset", "backbone", "n_classes", "consistency", "seed")}
-        | {"range": record["between"][1], "criterion": name, "picked": k,
-           "error": abs(k - record["n_classes"]) / record["n_classes"]}
-        for record in records for name, k in (record["picks"] | {"always 10": 10}).items()])
+        {"data": record["dataset"].split(",")[0], "backbone": record["backbone"],
+         "K": record["n_classes"], "up to": record["between"][1], "images": record["n"],
+         "consistency": record["consistency"], "seed": record["seed"], "criterion": name,
+         "picked": k, "error": abs(k - record["n_classes"]) / record["n_classes"]}
+        for record in shipped_records("how_many")
+        for name, k in (record["picks"] | {"always 10": 10}).items()])
+
+
+def tables() -> list[str]:
+    """The page's tables: criteria; what the picture's three say together; cells, ours and rivals'.
+
+    Neighbours are clear where at least 85 % of the 20 nearest have the image's own class.
+    """
+    rows = errors()
+    usual = rows[rows["up to"] == USUAL[1]]
+    cell = ["data", "backbone", "K", "up to", "images", "consistency"]
+    by_cell = usual.groupby(["criterion", *cell])["error"].mean().round(6).reset_index()
+    summary = []
+    for name, words in NAMES.items():
+        found, of_cells = usual[usual["criterion"] == name], by_cell[by_cell["criterion"] == name]
+        error, clear = of_cells["error"], of_cells["consistency"] >= 85
+        by_seed, tens = found.groupby("seed")["error"].mean(), of_cells["K"] == 10
+        summary.append({
+            "criterion": words, f"mean, {len(error)} cells": f"{error.mean():.2f} +- "
+            f"{by_seed.std():.2f}", "within 0.2": str((error <= 0.2).sum()),
+            f"neighbours clear, {clear.sum()}": f"{error[clear].mean():.2f}",
+            f"not, {(~clear).sum()}": f"{error[~clear].mean():.2f}",
+            f"K = 10, {tens.sum()}": f"{error[tens].mean():.2f}",
+            f"another K, {(~tens).sum()}": f"{error[~tens].mean():.2f}",
+            "picked 2": f"{100 * (found['picked'] == 2).mean():.0f} %"})
+    pages = [markdown(pd.DataFrame(summary)), markdown(together(usual))]
+    for some in (list(NAMES)[:8], list(NAMES)[8:-1]):
+        shown = []
+        for place, found in rows.groupby(cell, sort=False):
+            row = dict(zip(cell, place, strict=True))
+            for name in some:
+                of = found[found["criterion"] == name]
+                row[NAMES[name]] = f"{', '.join(map(str, of['picked']))} ({of['error'].mean():.2f})"
+            shown.append(row)
+        pages.append(markdown(pd.DataFrame(shown)))
+    return pages
+
+
+def together(rows: pd.DataFrame) -> pd.DataFrame:
+    """How right the median of the picture's three is, by whether they are within a quarter of it.
+
+    rows: of `errors`.
+    """
+    wide = rows[rows["criterion"].isin(WORTH)].pivot_table(
+        index=["data", "backbone", "K", "seed"], columns="criterion", values="picked")
+    middle, truth = wide.median(axis=1), wide.index.get_level_values("K")
+    agree = (wide.sub(middle, axis=0).abs().max(axis=1) <= middle / 4)
+    error = (middle - truth).abs() / truth
+    kinds = {"agree on more than 2": agree & (middle > 2), "agree on 2": agree & (middle == 2),
+             "do not agree": ~agree}
+    return pd.DataFrame([
+        {"the three": kind, "runs": str(runs.sum()), "mean error of their median":
+         f"{error[runs].mean():.2f}", "largest": f"{error[runs].max():.2f}",
+         "within 0.2": str((error[runs].round(6) <= 0.2).sum())} for kind, runs in kinds.items()])
+
+
+def markdown(table: pd.DataFrame) -> str:
+    lines = [list(table), ["---"] * table.shape[1], *table.astype(str).to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

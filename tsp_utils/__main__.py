@@ -110,7 +110,8 @@ def suggest_number(args) -> None:
                                 backbone=args.backbone, out=args.out, force=args.force)
     for name, words in WORTH.items():
         print(f"{words}: {found.picks[name]}")
-    print(f"{out / 'how_many.csv'}\n{out / 'how_many.png'}")
+    print(f"Three alike and above 2 are worth something; 2 is the usual answer, right or wrong "
+          f"(docs/how_many_clusters.md).\n{out / 'how_many.csv'}\n{out / 'how_many.png'}")
 
 
 def take_in(args) -> None:

@@ -27,8 +27,8 @@ from tsp_utils.scaling import scale_features
 
 MOST = FEWEST = 30  # clusters by default, samples
 # The numbers worth looking at (docs/how_many_clusters.md), as the picture names them.
-WORTH = {"stability": "agreement of halves", "silhouette_ward": "silhouette, UMAP + Ward",
-         "excess_loss": "loss corrected for C"}
+WORTH = {"silhouette_umap": "silhouette on the UMAP", "excess_loss": "loss corrected for C",
+         "stability": "agreement of halves"}
 
 
 class HowMany(NamedTuple):
