@@ -216,6 +216,8 @@ def test_the_records_are_of_the_code_that_is_here_on_eight_cells_and_more():
 def test_the_page_has_the_tables_of_the_records():
     page = (REPOSITORY / "docs" / "how_many_clusters.md").read_text("utf-8")
     assert all(table in page for table in experiment.tables())
+    minutes = sum(record["seconds"] for record in shipped_records("how_many")) / 60
+    assert f"({minutes:.0f} minutes of one core" in page
 
 
 def test_errors_are_those_of_the_picks():
