@@ -216,6 +216,10 @@ def test_the_records_are_of_the_code_that_is_here_on_eight_cells_and_more():
 def test_the_page_has_the_tables_of_the_records():
     page = (REPOSITORY / "docs" / "how_many_clusters.md").read_text("utf-8")
     assert all(table in page for table in experiment.tables())
+    drawn = pd.read_csv(REPOSITORY / "docs" / "how_many.csv", index_col="n_clusters")
+    assert (drawn["silhouette_umap"].idxmax(), drawn["excess_loss"].idxmin(),
+            drawn["stability"].idxmax()) == (11, 11, 16) and "say 11;" in page
+    assert drawn.loc[10:, "stability"].min() > 0.85 * drawn["stability"].max()  # flat from ten on
     minutes = sum(record["seconds"] for record in shipped_records("how_many")) / 60
     assert f"({minutes:.0f} minutes of one core" in page
 
