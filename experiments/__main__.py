@@ -27,6 +27,7 @@ EXPERIMENTS = {
     "quality": ("quality", "climb", "what a head adds on every rung of feature quality"),
     "stability": ("stability", "read_stability", "do two fits agree (half an hour)?"),
     "photos": ("photos", "read_kinds", "backbones by kind of image (docs/your_own_images.md)"),
+    "how-many": ("how_many", "ask", "how many clusters, by criteria without labels (20 minutes)"),
     "official-rivals": ("official_rivals", "official_rivals",
                         "SCAN's and TEMI's published training code beside ours"),
 }

@@ -24,6 +24,7 @@ _HOME = {
     "heads": ["LinearHeads", "init_heads", "train_heads"],
     "estimator": ["TSPClustering"],
     "metrics": ["clustering_metrics", "confusion", "match_clusters"],
+    "folder.how_many": ["suggest_n_clusters"],
     "study.claims": ["CLAIMS", "ICBPL_CLAIMS", "claim_of"],
     "study.verdicts": ["bootstrap_interval", "decide", "t_interval"],
     "study.ledger": ["Evidence", "read_evidence", "save_evidence"],

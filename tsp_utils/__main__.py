@@ -42,6 +42,16 @@ def parser() -> argparse.ArgumentParser:
     kept.set_defaults(do=keep_cache)
     kept.add_argument("--prune", type=size, default=None, metavar="SIZE", dest="most",
                       help="such as 500M or 2G: what was not used for longest goes first")
+    suggest = commands.add_parser("suggest", help="how many clusters a folder may have")
+    suggest.set_defaults(do=suggest_number)
+    suggest.add_argument("folder", help="as of cluster; it is not changed")
+    suggest.add_argument("--min-clusters", type=int, default=2, help="default 2")
+    suggest.add_argument("--max-clusters", type=int, default=None, help="default 30")
+    suggest.add_argument("--backbone", default=cluster.get_default("backbone"),
+                         help="as of cluster")
+    suggest.add_argument("--out", default=None, help="default: clusters/NAME OF THE FOLDER")
+    suggest.add_argument("--seed", type=int, default=0, help="another one starts anew")
+    suggest.add_argument("--force", action="store_true", help="replace results that are there")
     vectors = commands.add_parser("bundle-vectors", help="take in a file of make paper-vectors")
     vectors.set_defaults(do=take_in)
     vectors.add_argument("file", help="features, labels and their card; it is checked, and copied")
@@ -64,7 +74,7 @@ def size(text: str) -> int:
 def main(arguments) -> int:
     args = parser().parse_args(arguments)
     from tsp_utils.paths import IS_CLONE
-    if not IS_CLONE and args.command not in ("cluster", "cache", "bundle-vectors"):
+    if not IS_CLONE and args.command not in ("cluster", "suggest", "cache", "bundle-vectors"):
         raise OSError(f"{args.command} works on the notebooks and records of a clone, and this is "
                       f"an installed package; clone the repository and run it there.")
 
@@ -117,6 +127,16 @@ def keep_cache(args) -> None:
     from tsp_utils.paths import cache_dir
     removed, left = prune(math.inf if args.most is None else args.most)
     print(f"{cache_dir()}: {removed / 1e6:,.1f} MB removed, {left / 1e6:,.1f} MB kept")
+
+
+def suggest_number(args) -> None:
+    from tsp_utils.folder.how_many import WORTH, suggest_folder
+    out, found = suggest_folder(args.folder, args.min_clusters, args.max_clusters, seed=args.seed,
+                                backbone=args.backbone, out=args.out, force=args.force)
+    for name, words in WORTH.items():
+        print(f"{words}: {found.picks[name]}")
+    print(f"Three alike and above 2 are worth something; 2 is the usual answer, right or wrong "
+          f"(docs/how_many_clusters.md).\n{out / 'how_many.csv'}\n{out / 'how_many.png'}")
 
 
 def take_in(args) -> None:

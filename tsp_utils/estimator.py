@@ -103,6 +103,10 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
     def _checked_settings(self) -> str:
         """Raise ValueError for settings that cannot train; the device to train on."""
+        if isinstance(self.n_clusters, str):
+            raise ValueError(f"n_clusters is {self.n_clusters!r}, and no criterion that was tried "
+                             f"tells the number well enough to be trusted unseen; look at "
+                             f"suggest_n_clusters(X), and pass a whole number.")
         for name, least in (("n_clusters", 1), ("n_neighbors", 1), ("n_init", 1),
                             ("batch_size", 1), ("max_epochs", 0), ("min_steps", 0)):
             value = getattr(self, name)

@@ -93,11 +93,7 @@ def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "auto
     folder, others = Path(folder).expanduser(), Counter()
     paths = list_images(folder, others)
     _check_number(folder, len(paths), n_clusters)
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"--seed is {seed}: pass a whole number from 0 to {2**32 - 1:,}.")
-    whole, here = folder.resolve(), Path.cwd()
-    place = whole.parent if here.is_relative_to(whole) else Path()
-    out = Path(out).expanduser() if out else place / "clusters" / whole.name
+    out = results_folder(folder, out, seed)
     with _alone(out):
         made_here = _check_out(folder, out, force)
         try:
@@ -118,6 +114,15 @@ def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "auto
             _remove_empty(made_here)
             raise
     return out
+
+
+def results_folder(folder: Path, out: str | Path | None, seed: int) -> Path:
+    """`out`, or its default. Raises ValueError for a seed that scikit-learn would refuse."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed is {seed}: pass a whole number from 0 to {2**32 - 1:,}.")
+    whole, here = folder.resolve(), Path.cwd()
+    place = whole.parent if here.is_relative_to(whole) else Path()
+    return Path(out).expanduser() if out else place / "clusters" / whole.name
 
 
 def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: str, seed: int,
