@@ -20,7 +20,7 @@ help:  ## list the targets
 
 .venv/.complete: requirements.lock
 	@$(PYTHON3) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("Python 3.11 to 3.13 is needed and this is %d.%d; name another one, for example make setup PYTHON3=python3.12." % v)'
-	@echo "Installing into .venv (once; 7 GB on disk, a few minutes)"
+	@echo "Installing into .venv (once; 6.5 GB on disk, a few minutes)"
 	@$(PYTHON3) -m venv .venv
 	@$(VENV) -m pip install -q --disable-pip-version-check -r requirements.lock
 	@$(VENV) -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .

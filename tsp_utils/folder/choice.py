@@ -13,7 +13,8 @@ SMALL_PX = 64  # the longer side of images that 32 px show nearly whole
 SHIPPED = "invariant_patches"
 PHOTOS = {  # the first that can be had
     "dino_vits16": "the paper's own",
-    "efficientnet_lite0": "pretrained WITH the labels of ImageNet's photos"}
+    "efficientnet_lite0": "pretrained WITH the labels of ImageNet's photos, since DINO's host "
+                          "does not answer"}
 
 
 def usual_px(folder: Path, paths: list[str]) -> int:

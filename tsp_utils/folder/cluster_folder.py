@@ -143,8 +143,8 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
     notes += advice
     if len(readable) < ENOUGH * n_clusters:
         notes.append(f"{len(readable)} images are about {len(readable) // n_clusters} a cluster: "
-                     f"with fewer than about {ENOUGH} the head was no better than K-means where "
-                     f"we measured it (docs/your_own_images.md).")
+                     f"with fewer than about {ENOUGH} the heads were no better than K-means by "
+                     f"NMI where we measured it (docs/your_own_images.md).")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         model = TSPClustering(n_clusters, random_state=seed, **settings).fit(features)
