@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 MOST = FEWEST = 30  # clusters by default, samples
 # The numbers worth looking at (docs/how_many_clusters.md), as the picture names them.
-WORTH = {"silhouette_umap": "silhouette on the UMAP", "excess_loss": "loss corrected for C, low is good",
-         "stability": "stability of heads"}
+WORTH = {"silhouette_umap": "silhouette on the UMAP",
+         "excess_loss": "loss corrected for C, low is good", "stability": "stability of heads"}
 
 
 class HowMany(NamedTuple):
