@@ -30,7 +30,7 @@ def at_hand(monkeypatch):
 
 @pytest.mark.parametrize("there, chosen, reason", [
     (["dino_vits16", "efficientnet_lite0"], "dino_vits16", "sees 224 px of images that are about"),
-    (["efficientnet_lite0"], "efficientnet_lite0", "WITH their labels, since DINO"),
+    (["efficientnet_lite0"], "efficientnet_lite0", "WITH ImageNet's labels, since DINO"),
     ([], "invariant_patches", "sees 32 px of images that are about 120 px wide: DINO's"),
 ])
 def test_photos_get_the_first_network_that_can_be_had_and_the_reason_says_what_is_lost(

@@ -13,7 +13,7 @@ SMALL_PX = 64  # the longer side of images that 32 px show nearly whole
 SHIPPED = "invariant_patches"
 PHOTOS = {  # the first that can be had
     "dino_vits16": "the paper's own",
-    "efficientnet_lite0": "of ImageNet's photos WITH their labels, since DINO's host is silent"}
+    "efficientnet_lite0": "pretrained WITH ImageNet's labels, since DINO's host is silent"}
 
 
 def usual_px(folder: Path, paths: list[str]) -> int:
