@@ -89,7 +89,7 @@ def test_the_tables_have_the_papers_rows_and_the_ledger_its_scope(rehearsal):
 
 def test_the_first_lessons_run_under_paper_mini(environment, tmp_path):
     """01 to 03, as they are offered in Colab; features and heads are those that `paper` left."""
-    for path in notebook_paths()[1:4]:
+    for path in (*notebook_paths()[1:4], REPOSITORY / "notebooks" / "checks.py"):
         shutil.copy(path, tmp_path)
     profile = " ".join(["paper-mini", *SMALL])
     folder = load_study(profile).run_dir
