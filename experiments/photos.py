@@ -1,8 +1,8 @@
 """Which backbone for which images? Kinds of images that people bring, under the backbones at hand.
 
 Two Debian packages, unpacked by `dpkg -x`, hold photographs that a rerun can fetch:
-tuxpaint-stamps-default (cut-out objects in folders by kind) and mate-backgrounds (landscapes and
-flowers). Beside them stand 2,000 images of each of two small sets.
+tuxpaint-stamps-default 2022.06.04 (cut-out objects in folders by kind) and mate-backgrounds 1.26.0
+(landscapes and flowers). Beside them stand 2,000 images of each of two small sets.
 """
 
 import logging

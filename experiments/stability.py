@@ -1,7 +1,7 @@
 """Do two fits of the estimator agree? The best head alone against the votes of all ten.
 
-TEMPERATURE of the votes was chosen for agreement on TUNED, with no label read; FRESH were not
-looked at before. Labels score and do nothing else.
+TEMPERATURE of the votes was chosen for agreement on TUNED, with their ACC in sight, from trials of
+which no record was kept; FRESH were not looked at before.
 """
 
 import copy

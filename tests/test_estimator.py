@@ -41,6 +41,8 @@ def test_scikit_learns_own_checks_all_of_them():
 def test_the_best_head_alone_is_the_librarys_code():
     fitted, features = TSPClustering(4, keep="best", **QUICK).fit(X), scale_features(X)
     assert fitted.votes_.tolist() == [1] and (fitted.stability_ == 1).all()
+    alike = TSPClustering(1, keep="best", **QUICK).fit(X)  # one cluster: all heads have one loss
+    assert len(set(alike.losses_)) == 1 and alike.votes_.tolist() == [1]
     logits = X @ fitted.coef_[0].T + fitted.intercept_[0]
     np.testing.assert_allclose(fitted.transform(X), log_softmax(logits, axis=1), atol=1e-9)
     seeds = np.random.RandomState(0).randint(2**31 - 1, size=3).tolist()

@@ -10,7 +10,14 @@ from PIL import Image
 
 import tsp_utils.__main__ as command
 from experiments import how_many as experiment
-from tsp_utils import TSPClustering, cache, nearest_neighbors, neighbor_weights
+from tsp_utils import (
+    TSPClustering,
+    cache,
+    load_study,
+    nearest_neighbors,
+    neighbor_weights,
+    scale_features,
+)
 from tsp_utils.folder import how_many
 from tsp_utils.folder.how_many import candidates_between, suggest_n_clusters
 from tsp_utils.paths import REPOSITORY, shipped_records
@@ -218,7 +225,10 @@ def test_the_page_has_the_tables_of_the_records():
     assert all(table in page for table in experiment.tables())
     drawn = pd.read_csv(REPOSITORY / "docs" / "how_many.csv", index_col="n_clusters")
     assert (drawn["silhouette_umap"].idxmax(), drawn["excess_loss"].idxmin(),
-            drawn["stability"].idxmax()) == (11, 11, 16) and "say 11;" in page
+            drawn["stability"].idxmax()) == (12, 12, 16) and "say 12;" in page
+    x = scale_features(load_study("offline").features("digits", "pixels").features[:500])
+    assert drawn["eigengap"].to_numpy() == pytest.approx(  # the one that needs no training
+        how_many.eigengaps(nearest_neighbors(x, 20), list(drawn.index)), abs=1e-3)
     assert drawn.loc[10:, "stability"].min() > 0.85 * drawn["stability"].max()  # flat from ten on
     minutes = sum(record["seconds"] for record in shipped_records("how_many")) / 60
     assert f"({minutes:.0f} minutes of one core" in page

@@ -21,7 +21,7 @@ from tsp_utils.neighbors import nearest_neighbors
 from tsp_utils.scaling import Scaler
 
 # Nats of loss by which a head's vote falls to 1 / e of the best one's: chosen on five feature sets
-# for fits that agree, without labels, and checked on others (experiments/stability.py).
+# for fits that agree, with their ACC in sight, and checked on others (experiments/stability.py).
 TEMPERATURE = 0.02
 LEAST_VOTE = 0.01  # of all; heads with less are left out
 MATCHED_ON = 20_000  # samples
@@ -133,7 +133,7 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
     def _keep_heads(self, heads, best: int, features: np.ndarray) -> None:
         """The heads that vote, their clusters renumbered as the best one's, by shared samples."""
         gaps = np.where(np.isfinite(self.losses_), self.losses_ - self.losses_[best], np.inf)
-        votes = np.exp(-gaps / TEMPERATURE) if self.keep == "all" else 1.0 * (gaps == 0)
+        votes = np.exp(-gaps / TEMPERATURE) if self.keep == "all" else np.eye(len(gaps))[best]
         kept = np.argsort(gaps, kind="stable")[:np.sum(votes >= LEAST_VOTE * votes.sum())]
         self.votes_ = votes[kept] / votes[kept].sum()
         some = np.linspace(0, len(features) - 1, min(len(features), MATCHED_ON)).astype(int)
