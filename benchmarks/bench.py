@@ -26,9 +26,9 @@ from tqdm.auto import tqdm
 from tsp_utils.backbones import load_backbone
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.features import cached_features, extract_features
+from tsp_utils.files.paths import REPOSITORY
 from tsp_utils.heads import init_heads, train_heads
 from tsp_utils.neighbors import Neighbors, nearest_neighbors, neighbor_weights
-from tsp_utils.paths import REPOSITORY
 from tsp_utils.scaling import scale_features
 from tsp_utils.study.feature_sets import FeatureSet
 from tsp_utils.study.head_comparison import METHODS, FeaturesToCluster, scores_of

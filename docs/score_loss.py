@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from tsp_utils.files.paths import shipped_records, write_whole
 from tsp_utils.neighbors import WEIGHTINGS
-from tsp_utils.paths import shipped_records, write_whole
 from tsp_utils.study import head_comparison
 from tsp_utils.study.head_tables import heads_markdown, heads_table
 from tsp_utils.study.profile import load_study

@@ -16,8 +16,8 @@ from tsp_utils.cache import versions
 from tsp_utils.datasets import load_dataset
 from tsp_utils.devices import hardware
 from tsp_utils.features import extract_features
-from tsp_utils.patch_kmeans import PatchKMeans
-from tsp_utils.paths import bundled_dir, write_lines
+from tsp_utils.files.paths import bundled_dir, write_lines
+from tsp_utils.networks.patch_kmeans import PatchKMeans
 from tsp_utils.pretraining.dictionary import learn_patch_kmeans
 from tsp_utils.study.feature_sets import FeatureSet
 from tsp_utils.study.frozen_evaluation import read_out

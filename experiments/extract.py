@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tsp_utils.backbones import load_backbone
 from tsp_utils.datasets import load_dataset
 from tsp_utils.features import cached_features
-from tsp_utils.paths import cache_dir
+from tsp_utils.files.paths import cache_dir
 
 
 def extract(dataset: str, split: str, backbone: str, batch_size: int = 256):

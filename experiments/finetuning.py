@@ -17,15 +17,15 @@ from tsp_utils.cache import versions
 from tsp_utils.datasets import ImageDataset, load_dataset
 from tsp_utils.devices import hardware
 from tsp_utils.features import extract_features
+from tsp_utils.files.paths import bundled_dir, write_lines
 from tsp_utils.heads import LinearHeads, init_heads, train_heads
 from tsp_utils.k_means import kmeans
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.neighbors import WEIGHTINGS, label_consistency, nearest_neighbors
-from tsp_utils.paths import bundled_dir, write_lines
+from tsp_utils.networks.weights import attention
 from tsp_utils.scaling import Scaler
 from tsp_utils.study.feature_sets import draw_rows
 from tsp_utils.systems.finetune import finetune
-from tsp_utils.weights import attention
 
 logger = logging.getLogger(__name__)
 

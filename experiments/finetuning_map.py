@@ -18,18 +18,18 @@ from tsp_utils.backbones import Backbone, load_backbone
 from tsp_utils.cache import versions
 from tsp_utils.datasets import load_dataset
 from tsp_utils.devices import hardware
+from tsp_utils.files.paths import bundled_dir, write_lines
 from tsp_utils.heads import LinearHeads
 from tsp_utils.k_means import kmeans
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.neighbors import WEIGHTINGS, label_consistency, nearest_neighbors
-from tsp_utils.paths import bundled_dir, write_lines
+from tsp_utils.networks.weights import attention
 from tsp_utils.pretraining.multi_crop import random_colors, random_crops
 from tsp_utils.scaling import Scaler
 from tsp_utils.study.feature_sets import draw_rows
 from tsp_utils.systems.finetune import LastBlocks, eq5, train_together
 from tsp_utils.systems.icbpl import ICBPLHeads
 from tsp_utils.systems.rivals import RIVALS, train_rival
-from tsp_utils.weights import attention
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import pandas as pd
 from tsp_utils import cache
 from tsp_utils.cache import versions
 from tsp_utils.devices import find_device
-from tsp_utils.paths import bundled_dir, write_json
+from tsp_utils.files.paths import bundled_dir, write_json
 from tsp_utils.study.head_comparison import (
     ABLATIONS,
     METHODS,

@@ -20,6 +20,7 @@ from sklearn.metrics import adjusted_rand_score, pairwise_distances, silhouette_
 from tsp_utils import cache
 from tsp_utils.cache import versions
 from tsp_utils.devices import hardware
+from tsp_utils.files.paths import bundled_dir, shipped_records, write_lines
 from tsp_utils.folder.how_many import (
     WORTH,
     HowMany,
@@ -27,7 +28,6 @@ from tsp_utils.folder.how_many import (
     suggest_n_clusters,
 )
 from tsp_utils.k_means import kmeans
-from tsp_utils.paths import bundled_dir, shipped_records, write_lines
 from tsp_utils.study.feature_sets import FeatureSet, extract, load_images, spread_rows
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.rungs import consistency

@@ -14,9 +14,9 @@ from torchvision.models import resnet50
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from tsp_utils.paths import bundled_dir
+from tsp_utils.files.paths import bundled_dir
+from tsp_utils.networks.weights import IMAGENET_MEAN, IMAGENET_STD
 from tsp_utils.study.parity import N_FEATURES, NETWORKS, SIDES, seeded_images, seeded_state
-from tsp_utils.weights import IMAGENET_MEAN, IMAGENET_STD
 
 
 def official_features(dino: str) -> Path:

@@ -27,10 +27,10 @@ import torch
 import yaml
 
 from tsp_utils.cache import versions
+from tsp_utils.files.paths import write_json
 from tsp_utils.heads import draw_batches, init_heads
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.neighbors import Neighbors, uniform_weights
-from tsp_utils.paths import write_json
 from tsp_utils.study.against_paper import welch_interval
 from tsp_utils.study.head_comparison import FeaturesToCluster
 from tsp_utils.study.profile import load_study

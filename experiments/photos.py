@@ -18,8 +18,8 @@ from tsp_utils.cache import versions
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.devices import hardware
 from tsp_utils.features import cached_features
-from tsp_utils.image_folders import ImageFiles, list_images
-from tsp_utils.paths import bundled_dir, write_lines
+from tsp_utils.files.image_folders import ImageFiles, list_images
+from tsp_utils.files.paths import bundled_dir, write_lines
 from tsp_utils.study.feature_sets import FeatureSet, load_images
 from tsp_utils.study.frozen_evaluation import read_out
 

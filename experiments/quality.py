@@ -13,7 +13,7 @@ import numpy as np
 from tsp_utils import cache
 from tsp_utils.cache import versions
 from tsp_utils.devices import hardware
-from tsp_utils.paths import bundled_dir, runs_dir, write_lines
+from tsp_utils.files.paths import bundled_dir, runs_dir, write_lines
 from tsp_utils.study.feature_sets import FeatureSet, extract, load_images, vectors_path
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.rungs import SHARES, SHIFTS, consistency, moved, read_rung, shifted

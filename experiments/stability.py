@@ -15,8 +15,8 @@ import numpy as np
 from tsp_utils.cache import versions
 from tsp_utils.devices import hardware
 from tsp_utils.estimator import TSPClustering
+from tsp_utils.files.paths import bundled_dir, write_lines
 from tsp_utils.metrics import clustering_metrics, match_clusters
-from tsp_utils.paths import bundled_dir, write_lines
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.rungs import consistency
 

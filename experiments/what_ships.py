@@ -14,18 +14,26 @@ import numpy as np
 from safetensors.numpy import save
 
 from experiments.arms import ARMS, find_arm
-from tsp_utils.backbones import load_backbone, spec_of_recipe
+from tsp_utils.backbones import load_backbone
 from tsp_utils.cache import versions
 from tsp_utils.datasets import DATASETS, load_dataset
 from tsp_utils.features import cached_features
+from tsp_utils.files.paths import (
+    bundled_dir,
+    data_dir,
+    runs_dir,
+    write_json,
+    write_lines,
+    write_whole,
+)
 from tsp_utils.neighbors import knn_accuracy
-from tsp_utils.paths import bundled_dir, data_dir, runs_dir, write_json, write_lines, write_whole
+from tsp_utils.networks.registry import spec_of_recipe
+from tsp_utils.networks.weights import file_sha256
 from tsp_utils.pretraining.dictionary import learn_patch_kmeans
 from tsp_utils.pretraining.invariant import learn_invariant_patches
 from tsp_utils.study.feature_sets import FeatureSet, vectors_path, vectors_sha256
 from tsp_utils.study.frozen_evaluation import read_out, small_pool_consistency
 from tsp_utils.study.profile import load_study
-from tsp_utils.weights import file_sha256
 
 logger = logging.getLogger(__name__)
 

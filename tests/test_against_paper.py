@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import tsp_utils.__main__ as command
-from tsp_utils.paths import write_json
+from tsp_utils.files.paths import write_json
 from tsp_utils.study.against_paper import compare, table_1, welch_interval
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.published import DATASETS, EXTERNAL, TABLE_1, TABLE_2

@@ -20,11 +20,11 @@ from experiments.arms import ARMS, Arm, arm_images, find_arm, gflop_per_image, p
 from experiments.dictionary_arms import DICTIONARY_ARMS, learn_dictionary_arms
 from tsp_utils.backbones import BackboneSpec
 from tsp_utils.datasets import ImageDataset
-from tsp_utils.paths import shipped_records
+from tsp_utils.files.paths import shipped_records
+from tsp_utils.networks.weights import load_model
 from tsp_utils.pretraining.dino import Dino, DinoRecipe, schedule
 from tsp_utils.study.feature_sets import FeatureSet
 from tsp_utils.study.frozen_evaluation import balanced_rows, read_out, small_pool_consistency
-from tsp_utils.weights import load_model
 
 TINY = DinoRecipe(options=(("patch_size", 8), ("img_size", 32), ("dynamic_img_size", True),
                            ("embed_dim", 32), ("depth", 1), ("num_heads", 2)),

@@ -20,9 +20,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 from torchvision.transforms.v2 import functional as TF2
 
-from tsp_utils import backbones, weights
+from tsp_utils import backbones
 from tsp_utils.backbones import BACKBONES, Backbone, BackboneSpec, load_backbone
-from tsp_utils.paths import check_reachable
+from tsp_utils.files.paths import check_reachable
+from tsp_utils.networks import weights
 
 MINI = dict(img_size=32, patch_size=4, num_classes=0)  # vit_mini_random's options, written again
 IMAGENET = (torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
@@ -265,7 +266,7 @@ def test_timm_names_take_timms_transform_and_a_file_of_their_own(weights_dir):
 @pytest.mark.parametrize("name", ["dino_resnet50", "dino_vits16", "dino_vitb16", "timm:resnet18"])
 def test_without_network_the_file_to_fetch_is_named_and_none_is_left(weights_dir, name):
     said = refused(ConnectionError, "Network is unreachable", None, name)
-    spec = backbones._find_spec(name)
+    spec = backbones.find_spec(name)
     assert str(weights_dir / spec.file) in said and spec.url in said
     assert list(weights_dir.iterdir()) == []
 

@@ -16,8 +16,8 @@ from experiments.what_ships import C5_CLASSES, PRETRAINED, VECTOR_BACKBONES, bun
 from tsp_utils.backbones import BACKBONES, load_backbone
 from tsp_utils.datasets import ImageDataset, load_dataset
 from tsp_utils.features import cached_features
+from tsp_utils.files.paths import REPOSITORY, bundled_dir, data_dir
 from tsp_utils.neighbors import knn_accuracy, label_consistency, nearest_neighbors
-from tsp_utils.paths import REPOSITORY, bundled_dir, data_dir
 from tsp_utils.study.feature_sets import load_vectors
 
 each = pytest.mark.parametrize("name", PRETRAINED)

@@ -15,7 +15,7 @@ import pytest
 
 from tsp_utils import TSPClustering, cache, heads, knn_accuracy, nearest_neighbors
 from tsp_utils.cache import code_called_by, code_of, entries, key_of, keys
-from tsp_utils.paths import REPOSITORY
+from tsp_utils.files.paths import REPOSITORY
 from tsp_utils.study import profile
 from tsp_utils.systems import rivals
 

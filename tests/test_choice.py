@@ -6,11 +6,12 @@ import timm
 import torch
 from PIL import Image
 
-from tsp_utils import load_backbone, weights
+from tsp_utils import load_backbone
 from tsp_utils.backbones import BACKBONES
+from tsp_utils.files.paths import shipped_records
 from tsp_utils.folder import choice
 from tsp_utils.folder.choice import SHIPPED, choose_backbone, usual_px
-from tsp_utils.paths import shipped_records
+from tsp_utils.networks import weights
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from PIL import Image
 
 import tsp_utils.__main__ as command
 from tsp_utils import TSPClustering, cached_features, load_backbone, load_dataset
+from tsp_utils.files.image_folders import find_images
+from tsp_utils.files.paths import REPOSITORY
 from tsp_utils.folder.cluster_folder import cluster_folder, cluster_images
 from tsp_utils.folder.page import MAP_IMAGES, _command, chosen_images, folder_page, neighbor_shares
-from tsp_utils.image_folders import find_images
-from tsp_utils.paths import REPOSITORY
 
 pytestmark = pytest.mark.filterwarnings("ignore:Collapse")
 
@@ -407,7 +407,7 @@ def test_a_large_folder_keeps_the_page_small(monkeypatch):
               "settings": TSPClustering().get_params(), "versions": {}},
         changed=set(), told=list))
     photo = rng.integers(0, 256, (500, 500, 3), dtype=np.uint8)  # noise is what packs worst
-    monkeypatch.setattr("tsp_utils.image_folders._decode", lambda path, content: (photo, 0))
+    monkeypatch.setattr("tsp_utils.files.image_folders._decode", lambda path, content: (photo, 0))
     monkeypatch.setattr("tsp_utils.folder.page.map_points", lambda features: (
         np.arange(2000), rng.normal(size=(2000, 2))))
     page = folder_page(found)

@@ -18,8 +18,8 @@ import torchvision.datasets
 from PIL import Image
 
 from tsp_utils.datasets import DATASETS, ImageDataset, load_dataset
-from tsp_utils.image_folders import ImageFiles
-from tsp_utils.paths import bundled_dir, data_dir
+from tsp_utils.files.image_folders import ImageFiles
+from tsp_utils.files.paths import bundled_dir, data_dir
 
 
 def pixels(n, height=32, width=32, channels=3, seed=0):

@@ -26,7 +26,7 @@ from tsp_utils.heads import LinearHeads
 from tsp_utils.k_means import _kmeans_on, _lloyd
 from tsp_utils.losses import tsp_loss
 from tsp_utils.neighbors import METRICS
-from tsp_utils.patch_kmeans import PatchKMeans
+from tsp_utils.networks.patch_kmeans import PatchKMeans
 from tsp_utils.pretraining import dino
 from tsp_utils.pretraining.dino import Dino
 from tsp_utils.pretraining.multi_crop import constant, multi_crop

@@ -19,8 +19,8 @@ from tsp_utils.backbones import Backbone, BackboneSpec, load_backbone
 from tsp_utils.cache.vectors import _Rows
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.features import cached_features, extract_features
-from tsp_utils.image_folders import ImageFiles
-from tsp_utils.patch_kmeans import PatchKMeans
+from tsp_utils.files.image_folders import ImageFiles
+from tsp_utils.networks.patch_kmeans import PatchKMeans
 
 HERE = Path(__file__).resolve().parent
 

@@ -14,9 +14,9 @@ from experiments.finetuning_map import LOSSES, RUNS, _of_seed, augmented
 from tsp_utils import LinearHeads, init_heads, load_dataset, scale_features
 from tsp_utils.backbones import load_backbone
 from tsp_utils.features import extract_features
+from tsp_utils.files.paths import shipped_records
 from tsp_utils.losses import tsp_loss
 from tsp_utils.neighbors import nearest_neighbors
-from tsp_utils.paths import shipped_records
 from tsp_utils.systems.finetune import LastBlocks, finetune, train_together
 from tsp_utils.systems.icbpl import ICBPLHeads
 

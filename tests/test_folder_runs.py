@@ -15,12 +15,13 @@ import pytest
 from PIL import Image
 
 import tsp_utils.__main__ as command
-from tsp_utils import TSPClustering, cache, image_folders, load_backbone, load_dataset
+from tsp_utils import TSPClustering, cache, load_backbone, load_dataset
+from tsp_utils.files import image_folders
+from tsp_utils.files.image_folders import find_images
+from tsp_utils.files.paths import REPOSITORY, write_together
 from tsp_utils.folder import cluster_folder as module
 from tsp_utils.folder.cluster_folder import cluster_folder, cluster_images, path_of
 from tsp_utils.folder.page import after_the_fact
-from tsp_utils.image_folders import find_images
-from tsp_utils.paths import REPOSITORY, write_together
 
 pytestmark = pytest.mark.filterwarnings("ignore:Collapse")
 CLOTHES = load_dataset("fashion-mnist", "test").subset(slice(0, 24))
@@ -242,7 +243,7 @@ def test_what_was_seen_once_is_not_seen_again(tmp_path, monkeypatch, side):
     encode, decode = network.encode, image_folders._decode
     monkeypatch.setattr(network, "encode", lambda x: encoded.append(len(x)) or encode(x))
     monkeypatch.setattr("tsp_utils.folder.choice.load_backbone", lambda name: network)
-    monkeypatch.setattr("tsp_utils.image_folders._decode",
+    monkeypatch.setattr("tsp_utils.files.image_folders._decode",
                         lambda *args: decoded.append(args) or decode(*args))
 
     def seen(folder: Path) -> tuple[int, int]:
@@ -293,7 +294,7 @@ LARGE = """
 import re, sys, warnings
 warnings.filterwarnings("ignore", module="PIL")
 from pathlib import Path
-from tsp_utils.image_folders import ImageFiles
+from tsp_utils.files.image_folders import ImageFiles
 image = ImageFiles(Path("."), [sys.argv[1]])[0]
 most = re.search("VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]  # kB
 print(*image.shape, int(most) / 1e6)

@@ -10,7 +10,7 @@ from scipy import stats
 
 from experiments.heads import code_of_the_comparison
 from tsp_utils import load_study
-from tsp_utils.paths import shipped_records
+from tsp_utils.files.paths import shipped_records
 from tsp_utils.scaling import scale_features
 from tsp_utils.study import head_comparison as comparison
 from tsp_utils.study.head_comparison import ABLATIONS, METHODS, FeaturesToCluster, run_head

@@ -18,9 +18,9 @@ from tsp_utils import (
     neighbor_weights,
     scale_features,
 )
+from tsp_utils.files.paths import REPOSITORY, shipped_records
 from tsp_utils.folder import how_many
 from tsp_utils.folder.how_many import candidates_between, suggest_n_clusters
-from tsp_utils.paths import REPOSITORY, shipped_records
 
 
 def blobs(n_blobs: int = 4, n: int = 160, noise: float = 1.0, distance: float = 12.0):

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from tsp_utils import load_dataset
+from tsp_utils.files.image_folders import find_images, labels_from_folders
 from tsp_utils.folder.readable_files import ReadableFiles
-from tsp_utils.image_folders import find_images, labels_from_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(Tag data|Metadata Warning|Corrupt EXIF)")
 

@@ -11,7 +11,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from test_patch_kmeans import as_batch, structured_images
 
 from tsp_utils.backbones import load_backbone
-from tsp_utils.invariant_patches import InvariantPatches
+from tsp_utils.networks.invariant_patches import InvariantPatches
 from tsp_utils.pretraining.invariant import (
     _activations_of_views,
     between_within,

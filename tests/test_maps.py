@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from tsp_utils import maps, plots
-from tsp_utils.paths import REPOSITORY
+from tsp_utils.files.paths import REPOSITORY
 from tsp_utils.study.figures import plot_finetuning_map, plot_heads
 
 

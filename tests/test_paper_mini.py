@@ -16,9 +16,11 @@ import timm
 import torch
 from PIL import Image
 
-from tsp_utils import backbones, datasets, weights
-from tsp_utils.backbones import BACKBONES, Backbone, load_backbone, model_card
+from tsp_utils import backbones, datasets
+from tsp_utils.backbones import BACKBONES, Backbone, load_backbone
 from tsp_utils.neighbors import label_consistency, nearest_neighbors
+from tsp_utils.networks import weights
+from tsp_utils.networks.registry import model_card
 from tsp_utils.study import feature_sets, paper_mini, profile, training
 from tsp_utils.study.feature_sets import load_vectors
 from tsp_utils.study.published import TABLE_1
@@ -356,7 +358,7 @@ def another_hash(monkeypatch, folder):
 def no_weights(error):
     def plant(monkeypatch, folder):
         point_to(monkeypatch, folder / "data")
-        monkeypatch.setattr("tsp_utils.weights.check_reachable", lambda url: None)
+        monkeypatch.setattr("tsp_utils.networks.weights.check_reachable", lambda url: None)
         monkeypatch.setattr(torch.hub, "download_url_to_file", raises(error))
 
     return plant

@@ -16,7 +16,7 @@ import timm
 import torch
 from PIL import Image
 
-from tsp_utils.paths import REPOSITORY
+from tsp_utils.files.paths import REPOSITORY
 from tsp_utils.study.claims import CLAIMS
 from tsp_utils.study.ledger import COLUMNS
 from tsp_utils.study.profile import load_study

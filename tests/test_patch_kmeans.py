@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tsp_utils.patch_kmeans import PatchKMeans, _contrast_normalised
+from tsp_utils.networks.patch_kmeans import PatchKMeans, _contrast_normalised
 from tsp_utils.pretraining.dictionary import _draw_patches, learn_patch_kmeans
 
 SMALL = dict(n_atoms=24, n_features=16, n_patches=4000, n_pca_images=600)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from tsp_utils.paths import shipped_records
+from tsp_utils.files.paths import shipped_records
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "figures"

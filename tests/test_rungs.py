@@ -7,7 +7,7 @@ import pytest
 
 import tsp_utils as tsp
 from experiments import quality
-from tsp_utils.paths import shipped_records
+from tsp_utils.files.paths import shipped_records
 from tsp_utils.study import rungs
 from tsp_utils.study.feature_sets import FeatureSet
 

@@ -15,8 +15,8 @@ import yaml
 from sklearn.cluster import KMeans
 
 from tsp_utils import clustering_metrics, heads, load_backbone, load_dataset, losses
-from tsp_utils.image_folders import find_images, read_images
-from tsp_utils.paths import data_dir, write_json
+from tsp_utils.files.image_folders import find_images, read_images
+from tsp_utils.files.paths import data_dir, write_json
 from tsp_utils.scaling import scale_features
 from tsp_utils.study import profile
 from tsp_utils.study.feature_sets import FeatureSet, draw_rows, load_vectors

@@ -11,8 +11,8 @@ _HOME = {
     "backbones": ["BACKBONES", "Backbone", "load_backbone"],
     "features": ["cached_features", "extract_features"],
     "scaling": ["Scaler", "scale_features"],
-    "patch_kmeans": ["PatchKMeans"],
-    "invariant_patches": ["InvariantPatches"],
+    "networks.patch_kmeans": ["PatchKMeans"],
+    "networks.invariant_patches": ["InvariantPatches"],
     "pretraining.dictionary": ["learn_patch_kmeans"],
     "pretraining.invariant": ["learn_invariant_patches"],
     "neighbors": [

@@ -73,7 +73,7 @@ def size(text: str) -> int:
 
 def main(arguments) -> int:
     args = parser().parse_args(arguments)
-    from tsp_utils.paths import IS_CLONE
+    from tsp_utils.files.paths import IS_CLONE
     if not IS_CLONE and args.command not in ("cluster", "suggest", "cache", "bundle-vectors"):
         raise OSError(f"{args.command} works on the notebooks and records of a clone, and this is "
                       f"an installed package; clone the repository and run it there.")
@@ -124,7 +124,7 @@ def cluster_images(args) -> None:
 
 def keep_cache(args) -> None:
     from tsp_utils.cache import prune
-    from tsp_utils.paths import cache_dir
+    from tsp_utils.files.paths import cache_dir
     removed, left = prune(math.inf if args.most is None else args.most)
     print(f"{cache_dir()}: {removed / 1e6:,.1f} MB removed, {left / 1e6:,.1f} MB kept")
 

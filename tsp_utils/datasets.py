@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-from tsp_utils.downloads import published_files, read_idx_pair, read_published
-from tsp_utils.image_folders import (
+from tsp_utils.files.downloads import published_files, read_idx_pair, read_published
+from tsp_utils.files.image_folders import (
     ImageFiles,
     find_images,
     labels_from_folders,
     list_images,
     read_images,
 )
-from tsp_utils.paths import bundled_dir, data_dir
+from tsp_utils.files.paths import bundled_dir, data_dir
 from tsp_utils.unknown_names import unknown
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from tsp_utils import cache
-from tsp_utils.paths import cache_dir
+from tsp_utils.files.paths import cache_dir
 
 
 def extract_features(backbone, images, batch_size: int = 256, progress: bool = True,

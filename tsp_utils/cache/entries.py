@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from tsp_utils.cache.keys import code_of, data_of, hash_of, plain
 from tsp_utils.devices import find_device
-from tsp_utils.paths import cache_dir, write_whole
+from tsp_utils.files.paths import cache_dir, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import numpy as np
 PACKAGE = __package__.partition(".")[0]
 # What keeps, draws, reports or finds its place shapes no result.
 SHAPES_NOTHING = {f"{PACKAGE}.{name}" for name in (
-    "cache", "cache.keys", "cache.entries", "cache.vectors", "devices", "paths", "plots",
+    "cache", "cache.keys", "cache.entries", "cache.vectors", "devices", "files.paths", "plots",
     "unknown_names", "study.figures", "folder.page", "__main__")}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tsp_utils.cache.entries import file_name, locked, made_with
 from tsp_utils.cache.keys import code_of, hash_of, plain
-from tsp_utils.paths import write_json
+from tsp_utils.files.paths import write_json
 
 logger = logging.getLogger(__name__)
 

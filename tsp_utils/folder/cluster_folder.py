@@ -19,9 +19,7 @@ from tsp_utils import cache
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.estimator import TSPClustering
 from tsp_utils.features import cached_features
-from tsp_utils.folder.choice import choose_backbone, usual_px
-from tsp_utils.folder.readable_files import ReadableFiles
-from tsp_utils.image_folders import (
+from tsp_utils.files.image_folders import (
     IMAGE_SUFFIXES,
     LARGEST_ARRAY_PX,
     kinds_of,
@@ -30,8 +28,10 @@ from tsp_utils.image_folders import (
     read_images,
     split_folders,
 )
+from tsp_utils.files.paths import cache_dir, write_together
+from tsp_utils.folder.choice import choose_backbone, usual_px
+from tsp_utils.folder.readable_files import ReadableFiles
 from tsp_utils.neighbors import Neighbors, nearest_neighbors
-from tsp_utils.paths import cache_dir, write_together
 
 logger = logging.getLogger(__name__)
 

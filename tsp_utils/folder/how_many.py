@@ -15,15 +15,15 @@ from scipy.stats import entropy
 from sklearn.metrics import adjusted_rand_score, pairwise_distances, silhouette_score
 from sklearn.utils import check_random_state
 
+from tsp_utils.files.image_folders import list_images
+from tsp_utils.files.paths import write_together
 from tsp_utils.folder.choice import choose_backbone, usual_px
 from tsp_utils.folder.cluster_folder import _check_out, _features, _remove_empty, results_folder
 from tsp_utils.heads import init_heads, train_heads
-from tsp_utils.image_folders import list_images
 from tsp_utils.k_means import kmeans
 from tsp_utils.maps import umap_points
 from tsp_utils.metrics import confusion
 from tsp_utils.neighbors import Neighbors, nearest_neighbors, neighbor_weights
-from tsp_utils.paths import write_together
 from tsp_utils.scaling import scale_features
 
 logger = logging.getLogger(__name__)

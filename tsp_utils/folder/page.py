@@ -17,7 +17,7 @@ from scipy.stats import entropy
 from sklearn.metrics import confusion_matrix
 
 from tsp_utils.estimator import TSPClustering
-from tsp_utils.image_folders import ImageFiles
+from tsp_utils.files.image_folders import ImageFiles
 from tsp_utils.metrics import clustering_metrics, confusion, match_clusters
 
 CLUSTER_PX, MAP_PX = 96, 64  # longer side of a thumbnail in a cluster's rows, on the map

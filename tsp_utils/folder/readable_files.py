@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from tsp_utils import cache
-from tsp_utils.image_folders import ImageFiles, digest_of, is_constant
-from tsp_utils.paths import cache_dir
+from tsp_utils.files.image_folders import ImageFiles, digest_of, is_constant
+from tsp_utils.files.paths import cache_dir
 
 
 class ReadableFiles(ImageFiles):

@@ -8,7 +8,7 @@ import torch
 from sklearn.decomposition import PCA
 from tqdm.auto import tqdm
 
-from tsp_utils.patch_kmeans import CONTRAST, GRID, PATCH, SIDE, WHITENING, PatchKMeans
+from tsp_utils.networks.patch_kmeans import CONTRAST, GRID, PATCH, SIDE, WHITENING, PatchKMeans
 
 logger = logging.getLogger(__name__)
 

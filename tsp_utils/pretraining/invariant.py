@@ -14,7 +14,7 @@ from scipy.linalg import LinAlgError, eigh, get_blas_funcs, helmert
 from scipy.sparse.linalg import eigsh
 from tqdm.auto import tqdm
 
-from tsp_utils.invariant_patches import SIDE, InvariantPatches, normalised_patches
+from tsp_utils.networks.invariant_patches import SIDE, InvariantPatches, normalised_patches
 from tsp_utils.pretraining.dictionary import check_source
 from tsp_utils.pretraining.multi_crop import random_colors, random_crops
 

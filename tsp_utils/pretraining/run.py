@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tsp_utils.paths import write_whole
+from tsp_utils.files.paths import write_whole
 from tsp_utils.pretraining.dino import Dino, DinoRecipe, schedule
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tsp_utils.paths import IS_CLONE, bundled_dir, data_dir, write_whole
+from tsp_utils.files.paths import IS_CLONE, bundled_dir, data_dir, write_whole
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from tsp_utils.paths import IS_CLONE
+from tsp_utils.files.paths import IS_CLONE
 from tsp_utils.study import staleness
 from tsp_utils.study.claims import CLAIMS, Claim, claim_of
 from tsp_utils.study.verdicts import Verdict, decide, decide_equivalence, holm, t_interval

@@ -16,13 +16,13 @@ from tsp_utils import datasets
 from tsp_utils.backbones import load_backbone
 from tsp_utils.cache import versions
 from tsp_utils.devices import find_device, hardware
+from tsp_utils.files.paths import data_dir, write_json
 from tsp_utils.neighbors import knn_accuracy, label_consistency, nearest_neighbors
-from tsp_utils.paths import data_dir, write_json
+from tsp_utils.networks.weights import file_sha256
 from tsp_utils.study.against_paper import ROWS, welch_interval
 from tsp_utils.study.parity import TOLERANCE, departure, seeded_backbone
 from tsp_utils.study.profile import Study, load_study
 from tsp_utils.study.published import DATASETS, TABLE_1
-from tsp_utils.weights import file_sha256
 
 # Percent of all of CIFAR-10, by the bundled dictionary of patches; DINO's should lie above.
 FLOORS = {"k-NN": 65.0, "label consistency": 34.5}

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tsp_utils.backbones import BACKBONES, Backbone, load_backbone
-from tsp_utils.paths import bundled_dir, write_whole
+from tsp_utils.files.paths import bundled_dir, write_whole
 
 NETWORKS = ("dino_vits16", "dino_vitb16", "dino_resnet50")
 SIDES = (32, 96, 224)  # px of the images, which are enlarged to 224

@@ -13,8 +13,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from tsp_utils.datasets import ImageDataset
+from tsp_utils.files.paths import runs_dir, write_whole
 from tsp_utils.neighbors import WEIGHTINGS
-from tsp_utils.paths import runs_dir, write_whole
 from tsp_utils.study.claims import claim_of
 from tsp_utils.study.feature_sets import (
     FeatureSet,

@@ -5,7 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
-from tsp_utils.paths import REPOSITORY, write_whole
+from tsp_utils.files.paths import REPOSITORY, write_whole
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.staleness import notebook_paths
 

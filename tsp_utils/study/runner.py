@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from tsp_utils.cache import hash_of
 from tsp_utils.devices import find_device
-from tsp_utils.paths import REPOSITORY, cache_dir, data_dir
+from tsp_utils.files.paths import REPOSITORY, cache_dir, data_dir
 from tsp_utils.study import staleness
 from tsp_utils.study.profile import Study, load_study
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tsp_utils.cache import code_called_by, hash_of
 from tsp_utils.datasets import dataset_files
-from tsp_utils.paths import REPOSITORY, bundled_dir
+from tsp_utils.files.paths import REPOSITORY, bundled_dir
 from tsp_utils.study.profile import Study
 
 NOTEBOOKS = REPOSITORY / "notebooks"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tsp_utils.paths import check_reachable
+from tsp_utils.files.paths import check_reachable
 
 
 def read_published(name: str, kind: str, split: str, root: Path, download: bool):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path, user_data_path
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 REPOSITORY = PACKAGE.parent
 IS_CLONE = (REPOSITORY / "requirements.lock").exists()  # else an installed package
 

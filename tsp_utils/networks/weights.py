@@ -20,10 +20,10 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import nn
 
-import tsp_utils.small_resnet  # noqa: F401  (timm learns its name)
-from tsp_utils.invariant_patches import InvariantPatches
-from tsp_utils.patch_kmeans import PatchKMeans
-from tsp_utils.paths import bundled_dir, check_reachable, data_dir, write_whole
+import tsp_utils.networks.small_resnet  # noqa: F401  (timm learns its name)
+from tsp_utils.files.paths import bundled_dir, check_reachable, data_dir, write_whole
+from tsp_utils.networks.invariant_patches import InvariantPatches
+from tsp_utils.networks.patch_kmeans import PatchKMeans
 
 INIT_SEED = 0  # of every freshly made network, so that the untrained one is the same everywhere
 

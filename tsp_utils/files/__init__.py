@@ -1,0 +1,1 @@
+"""Files: where they lie and how they are written; images in folders and in published form."""
