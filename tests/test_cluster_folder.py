@@ -247,7 +247,7 @@ CASES = {
 }
 
 
-def test_each_bad_input_gets_the_sentence_of_the_guide_which_says_what_to_pass(tmp_path_factory):
+def test_each_bad_input_gets_the_sentence_of_the_page_which_says_what_to_pass(tmp_path_factory):
     table = []
     for what, (arguments, n_good, others) in CASES.items():
         root = tmp_path_factory.mktemp("case")
@@ -282,8 +282,8 @@ def test_each_bad_input_gets_the_sentence_of_the_guide_which_says_what_to_pass(t
         assert re.search("pass |replace or delete|all are|looked for", sentence), sentence
         table.append(f"| {what} | {sentence} |")
     table = "\n".join(table)
-    guide = (REPOSITORY / "docs" / "your_own_images.md").read_text()
-    assert table in guide, f"the guide lacks:\n{table}"
+    page = (REPOSITORY / "docs" / "odd_inputs.md").read_text()
+    assert table in page, f"the page lacks:\n{table}"
 
 
 @pytest.mark.parametrize("factor", [1, 3])

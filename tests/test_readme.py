@@ -1,5 +1,6 @@
 """The README and the pages it leads to say what the figures say, and name what exists."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -9,17 +10,21 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from sklearn.datasets import make_blobs
+from sklearn.metrics import adjusted_rand_score
 
+import tsp_utils as tsp
 from tsp_utils.files.paths import shipped_records
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "figures"
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])}
-README, RESULTS, GUIDE = (PAGES[name] for name in (
-    "README.md", "docs/results.md", "docs/your_own_images.md"))
+README, RESULTS, GUIDE, MEASURED = (PAGES[name] for name in (
+    "README.md", "docs/results.md", "docs/your_own_images.md", "docs/your_own_images_measured.md"))
 PROSE = (  # held to short sentences
-    "README.md", "docs/glossary.md", "docs/teaching.md", "docs/where_tsp_sits.md")
+    "README.md", "docs/glossary.md", "docs/teaching.md", "docs/where_tsp_sits.md",
+    "docs/your_own_images.md", "docs/your_own_images_measured.md")
 
 
 def figure(name: str) -> pd.DataFrame:
@@ -64,9 +69,9 @@ def test_the_comparison_of_heads_is_as_wide_as_its_page_says():
     assert f"between {acc.min():.1f} and {acc.max():.1f}" in RESULTS
 
 
-def test_the_guide_s_figures_are_notebook_09_s():
+def test_the_figures_beside_the_guide_are_notebook_09_s():
     def stands(line: str) -> bool:
-        return re.search(line, GUIDE, re.M) is not None
+        return re.search(line, MEASURED, re.M) is not None
 
     for r in figure("offline/09_numbers").to_dict("records"):
         assert stands(rf"^\| {r['clusters']}\b.*\| {r['largest']}, {r['smallest']} \| "
@@ -76,8 +81,33 @@ def test_the_guide_s_figures_are_notebook_09_s():
         assert stands(rf"^\| {r['entropy_weight']:g}\b.*\| {r['largest']}, {r['smallest']} \| "
                       rf"{r['nmi']:.1f} \| {r['ari']:.1f} \|$"), r
     for r in figure("offline/09_few").to_dict("records"):
-        assert stands(rf"{r['acc']:.1f} to {r['k-means acc mean']:.1f}\s+with\s+"
-                      rf"{r['images']:,g}\b"), r
+        assert stands(rf"^\| {r['images']:,g} \| {r['acc']:.1f} \| "
+                      rf"{r['k-means acc mean']:.1f} \|$"), r
+
+
+def test_the_guide_has_900_words_and_its_python_runs(own_folders, tmp_path, monkeypatch, capsys):
+    """Each block as it stands, after those above it: on a folder of pictures and on blobs."""
+    assert len(GUIDE.split()) <= 900
+    x, kinds = make_blobs(240, 16, centers=10, cluster_std=0.5, random_state=0)
+    (tmp_path / "path" / "to" / "photos").mkdir(parents=True)
+    for i, picture in enumerate(np.random.default_rng(0).integers(0, 256, (24, 32, 32), np.uint8)):
+        Image.fromarray(picture).save(tmp_path / "path" / "to" / "photos" / f"{i:02d}.png")
+    np.save(tmp_path / "features.npy", x)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tsp, "TSPClustering", functools.partial(
+        tsp.TSPClustering, n_init=2, max_epochs=10, min_steps=200))
+    names, printed = {}, []
+    for block in re.findall(r"^```python\n(.*?)^```", GUIDE, re.M | re.S):
+        exec(block, names)
+        printed.append(capsys.readouterr().out)
+        if "clusters" in names:  # those of the blobs
+            assert adjusted_rand_score(kinds, names.pop("clusters")) > 0.9
+    assert [len(text.splitlines()) for text in printed] == [24, 0, 1]
+    assert len(names["stability"]) == 240 and names["stability"].mean() > 0.9
+    tried = pd.DataFrame(names["search"].cv_results_)
+    assert len(tried) == 8 and tried["mean_test_score"].between(0, 1).all()
+    assert names["search"].best_params_.keys() == {"tspclustering__entropy_weight",
+                                                   "tspclustering__n_neighbors"}
 
 
 def test_every_target_that_a_page_names_exists():
@@ -226,24 +256,29 @@ def test_the_picture_and_the_film_are_of_one_run_and_small():
     assert falls and curve["acc"][:20].min() < curve["acc"][0] < curve["acc"].iloc[-1]
 
 
-def test_the_guide_s_tables_of_stability_and_of_backbones_are_the_records():
+def test_the_tables_of_stability_and_of_backbones_are_the_records():
     """And what it says of them: votes agree at least as often, stable images are put alike."""
-    rows, good = shipped_records("stability"), []
+    rows, good, split = shipped_records("stability"), [], []
     assert [row["kind"] for row in rows] == ["tuned"] * 5 + ["fresh"] * 4
     for r in rows:
         best, votes = (np.mean(r[name]["four_fifths"]) for name in ("best", "all"))
         stable, others = (np.sum(r["kept"][name], 0) for name in ("stable", "others"))
         shares = f"{100 * stable[0] / stable[1]:.1f} | {100 * others[0] / others[1]:.1f} |"
         name = f"{r['dataset']}, `{r['backbone']}`{', *fresh*' * (r['kind'] == 'fresh')}"
-        assert f"| {name} | {r['consistency']:.1f} | {best:.1f} | {votes:.1f} | {shares}" in GUIDE
+        row = f"| {name} | {r['consistency']:.1f} | {best:.1f} | {votes:.1f} | {shares}"
+        assert row in MEASURED
+        split.append([100 * stable[0] / stable[1], 100 * others[0] / others[1]])
         assert best < votes and stable[0] / stable[1] > max(0.9, others[0] / others[1])
         assert abs(np.mean(r["all"]["acc"]) - np.mean(r["best"]["acc"])) < 2
         good += [votes] if r["consistency"] >= 60 else []
     assert len(good) == 6 and sum(votes >= 90 for votes in good) == 5
-    assert f"five of these six sets reach it, the last has {good[-1]:.2f}." in GUIDE
+    assert f"Five of these six sets reach it, the last has {good[-1]:.2f}." in MEASURED
+    (least, lower), (most, upper) = np.min(split, 0), np.max(split, 0)
+    assert f"put {least:.1f} to {most:.1f} % of the stable images alike" in GUIDE
+    assert f"Of the others it was {lower:.1f} to {upper:.1f} %" in GUIDE
     kinds: dict = {}
     for r in shipped_records("kinds_of_images"):
         kinds.setdefault((r["kind"], r["n"], r["n_clusters"]), []).append(
             f"{np.mean(r['head']['acc']):.1f} ± {np.std(r['head']['acc'], ddof=1):.1f}")
     for (kind, n, n_clusters), cells in kinds.items():
-        assert f"| {kind} | {n:,}, {n_clusters} | {' | '.join(cells)} |" in GUIDE
+        assert f"| {kind} | {n:,}, {n_clusters} | {' | '.join(cells)} |" in MEASURED
