@@ -24,7 +24,7 @@ README, RESULTS, GUIDE, MEASURED = (PAGES[name] for name in (
     "README.md", "docs/results.md", "docs/your_own_images.md", "docs/your_own_images_measured.md"))
 PROSE = (  # held to short sentences
     "README.md", "docs/glossary.md", "docs/teaching.md", "docs/where_tsp_sits.md",
-    "docs/your_own_images.md", "docs/your_own_images_measured.md")
+    "docs/results.md", "docs/your_own_images.md", "docs/your_own_images_measured.md")
 
 
 def figure(name: str) -> pd.DataFrame:
