@@ -20,10 +20,11 @@ from tsp_utils import (
     tsp_loss,
 )
 from tsp_utils import train_heads as train
-from tsp_utils.heads import MLPHeads, best_head, draw_pairs
+from tsp_utils.heads import best_head, draw_pairs
 from tsp_utils.k_means import _kmeans_on, _lloyd
 from tsp_utils.neighbors import Neighbors
 from tsp_utils.scaling import Scaler, scale_features
+from tsp_utils.systems.mlp_heads import MLPHeads
 
 BLOBS, LABELS = make_blobs(600, 16, centers=5, cluster_std=3.0, random_state=0)
 FEATURES = scale_features(BLOBS)

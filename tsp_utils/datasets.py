@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-from tsp_utils.files.downloads import published_files, read_idx_pair, read_published
+from tsp_utils.files.downloads import read_idx_pair, read_published
 from tsp_utils.files.image_folders import (
     ImageFiles,
     find_images,
@@ -161,20 +161,6 @@ def load_dataset(
     images, labels, classes = read_published(name, info.torchvision, split, root, download)
     classes = () if labels is None else info.classes or classes
     return ImageDataset(name, split, images, labels, classes)
-
-
-def dataset_files(name: str, split: str) -> list[Path]:
-    """The files that `load_dataset` would read, of those that are there: none before a download."""
-    root = data_dir()
-    if name == "fashion-mnist" and split == "test":
-        return sorted((bundled_dir() / name).iterdir())
-    folder = root / name / split if name in DATASETS else Path(name).expanduser()
-    if folder.is_dir() and (paths := find_images(folder)):
-        return [folder / path for path in paths]
-    kind = DATASETS[name].torchvision if name in DATASETS else None
-    files = [root / f"{file}{packed}" for file in (published_files(kind, split) if kind else ())
-             for packed in ("", ".gz")]
-    return [file for file in files if file.is_file()]
 
 
 def _load_path(name: str | Path, split: str | None) -> ImageDataset:

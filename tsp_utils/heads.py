@@ -70,24 +70,6 @@ def init_heads(features, n_clusters: int, seeds, init: str = "k-means",
     return LinearHeads(rows / np.maximum(norms, 1e-12) * row_norm, seeds)
 
 
-class MLPHeads(LinearHeads):
-    """S heads with one hidden layer of H units: hidden [S, H, D] and [S, H], then a linear head.
-
-    What Sec. 3.2 advises against (claim C10). Starts from torch's default law, a seed a head:
-    Appendix A has no start for several layers.
-    """
-
-    def __init__(self, dim: int, n_clusters: int, seeds, n_hidden: int = 128):
-        rngs = [np.random.default_rng([seed, 4]) for seed in seeds]
-        super().__init__(np.stack([rng.uniform(-1, 1, (n_clusters, n_hidden)) for rng in rngs])
-                         / math.sqrt(n_hidden), seeds)
-        self.hidden = LinearHeads(np.stack([rng.uniform(-1, 1, (n_hidden, dim)) for rng in rngs])
-                                  / math.sqrt(dim), seeds)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(self.hidden(x).relu())
-
-
 @dataclass(frozen=True)
 class History:
     """Training curves by name, each [E, S] over E epochs and S heads, and the seconds it took.

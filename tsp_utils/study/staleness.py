@@ -14,8 +14,10 @@ import json
 from pathlib import Path
 
 from tsp_utils.cache import code_called_by, hash_of
-from tsp_utils.datasets import dataset_files
-from tsp_utils.files.paths import REPOSITORY, bundled_dir
+from tsp_utils.datasets import DATASETS
+from tsp_utils.files.downloads import published_files
+from tsp_utils.files.image_folders import find_images
+from tsp_utils.files.paths import REPOSITORY, bundled_dir, data_dir
 from tsp_utils.study.profile import Study
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -67,6 +69,20 @@ def data_stamps(about: dict, study: Study) -> dict:
             stamps[f"{target}/{split}"] = [len(files), hash_of(sorted(
                 [file.parent.name, file.name, file.stat().st_size] for file in files))]
     return stamps
+
+
+def dataset_files(name: str, split: str) -> list[Path]:
+    """The files that `load_dataset` would read, of those that are there: none before a download."""
+    root = data_dir()
+    if name == "fashion-mnist" and split == "test":
+        return sorted((bundled_dir() / name).iterdir())
+    folder = root / name / split if name in DATASETS else Path(name).expanduser()
+    if folder.is_dir() and (paths := find_images(folder)):
+        return [folder / path for path in paths]
+    kind = DATASETS[name].torchvision if name in DATASETS else None
+    files = [root / f"{file}{packed}" for file in (published_files(kind, split) if kind else ())
+             for packed in ("", ".gz")]
+    return [file for file in files if file.is_file()]
 
 
 def is_done(path: Path, study: Study, wanted: str) -> bool:

@@ -10,19 +10,13 @@ import pandas as pd
 
 from tsp_utils import cache
 from tsp_utils.devices import find_device
-from tsp_utils.heads import (
-    LinearHeads,
-    MLPHeads,
-    best_head,
-    init_heads,
-    train_heads,
-    warn_of_collapse,
-)
+from tsp_utils.heads import LinearHeads, best_head, init_heads, train_heads, warn_of_collapse
 from tsp_utils.k_means import kmeans
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.neighbors import WEIGHTINGS, nearest_neighbors
 from tsp_utils.scaling import Scaler
 from tsp_utils.study.feature_sets import FeatureSet
+from tsp_utils.systems.mlp_heads import MLPHeads
 
 logger = logging.getLogger(__name__)
 
