@@ -16,7 +16,6 @@ from torch import nn
 from tsp_utils.pretraining.multi_crop import constant, random_colors, random_crops
 from tsp_utils.pretraining.trainer import Trainer, groups_by_decay, warmed_up
 
-
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
               "adamw": torch.optim.AdamW}
 

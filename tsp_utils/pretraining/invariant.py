@@ -13,7 +13,8 @@ from scipy.linalg import LinAlgError, eigh, get_blas_funcs, helmert
 from scipy.sparse.linalg import eigsh
 from tqdm.auto import tqdm
 
-from tsp_utils.networks.invariant_patches import SIDE, InvariantPatches, normalised_patches
+from tsp_utils.networks.invariant_patches import InvariantPatches
+from tsp_utils.networks.patch_kmeans import SIDE, normalised_patches
 from tsp_utils.pretraining.dictionary import check_source, to_float, whitened_atoms
 from tsp_utils.pretraining.multi_crop import random_colors, random_crops
 
