@@ -173,8 +173,7 @@ def report(steps) -> None:
     from tsp_utils.study.runner import Step
     start, terminal = time.perf_counter(), sys.stdout.isatty()
     clear = "\r\x1b[K" if terminal else ""
-    running: dict[str, Step] = {}
-    said: dict[str, tuple[float, str]] = {}
+    running, said = {}, {}  # by name: its last step; when something was said of it, and what
     try:
         for step in (Step(*step) for step in steps):
             running.pop(step.name, None)

@@ -40,7 +40,7 @@ class BackboneSpec:
     architecture: str  # timm's name, or our own: pixels, one of OF_PATCHES
     options: Mapping = field(default_factory=dict)  # further arguments of timm.create_model
     source: str = "none"  # of the weights: none, random, bundled, package, url, timm
-    file: str = ""  # official file name; bundled, or looked for in TSP_DATA/weights first
+    file: str = ""  # official name, looked for in TSP_DATA/weights; bundled: NAME.safetensors
     url: str = ""  # or the name of the Python package that carries the file
     input_size: int | None = 224  # pixels a side; None: the images' own
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -126,7 +126,7 @@ def _find_weights(spec: BackboneSpec) -> Path | None:
     if spec.source in ("none", "random"):
         return None
     if spec.source == "bundled":
-        return bundled_dir() / spec.file
+        return bundled_dir() / (spec.file or f"{spec.name}.safetensors")
     if spec.source == "package":
         carrier = importlib.util.find_spec(spec.url)
         if carrier is None or carrier.origin is None:

@@ -58,11 +58,9 @@ class Contrastive(Trainer):
 
     def __init__(self, images, recipe: ContrastiveRecipe, seed: int = 0, device: str = "cpu",
                  dtype: torch.dtype = torch.float32, compiled: bool = False):
-        """As of `Trainer`. See `pretrain_contrastive`."""
         super().__init__(images, recipe, seed, device, dtype)
         if recipe.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {recipe.optimizer!r}: pass sgd or adamw")
-        torch.manual_seed(seed)
         self.backbone = timm.create_model(recipe.architecture, num_classes=0,
                                           **dict(recipe.options))
         self.network = self.with_head(self.backbone, recipe).to(

@@ -139,16 +139,14 @@ def schedule(recipe: DinoRecipe, progress: float) -> dict[str, float]:
 
 
 class Dino(Trainer):
-    """One pretraining run: student, teacher, centre, optimiser; a step at a time, resumable."""
+    """One run of `run.pretrain_dino`: student, teacher, centre, optimiser; resumable."""
 
     def __init__(self, images, recipe: DinoRecipe, seed: int = 0, device: str = "cpu",
                  dtype: torch.dtype = torch.float32, compiled: bool = False):
-        """As of `Trainer`. See `run.pretrain_dino`."""
         super().__init__(images, recipe, seed, device, dtype)
         recipe, images = self.recipe, torch.as_tensor(images)
         self.budget = ""  # what the schedules run over, for a checkpoint to compare
         self.content = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()[:16]
-        torch.manual_seed(seed)
         backbone = timm.create_model(recipe.architecture, num_classes=0,
                                      **dict(recipe.options), **dict(recipe.local_options))
         _check_sizes(recipe, images, backbone)

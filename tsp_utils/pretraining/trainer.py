@@ -29,6 +29,7 @@ class Trainer:
         self.seed, self.device, self.dtype = seed, torch.device(device), dtype
         self.images = torch.as_tensor(images).to(device).permute(0, 3, 1, 2).contiguous()
         self.step_count, self.seconds, self.log, self.epoch = 0, 0.0, [], -1
+        torch.manual_seed(seed)  # of the networks that are made now
 
     @property
     def images_seen(self) -> int:
