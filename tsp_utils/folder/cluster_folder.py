@@ -231,7 +231,6 @@ def _alone(out: Path):
     """Refuse a second run into one folder; the system frees the lock of a killed one."""
     lock = FileLock(cache_dir() / "files" / f"{cache.hash_of(str(out.resolve()))}.lock")
     try:
-        (cache_dir() / "files").mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise FileExistsError(f"Another run writes into {out}: wait for it, or pass another folder "
@@ -273,7 +272,7 @@ def check_out(folder: Path, out: Path, force: bool,
         raise ValueError(f"{out} lies in the folder of the images, which is not to be changed: "
                          f"pass another folder as --out.")
     for path in (out / name for name in names):
-        if path.is_dir():
+        if os.path.isdir(path):
             raise FileExistsError(f"{path} is a folder, where a file would be written: pass "
                                   f"another folder as --out.")
         if not force and os.path.lexists(path):  # a link that leads nowhere is somebody's, too
