@@ -208,7 +208,7 @@ def test_the_network_of_every_arm_is_read_back_at_its_size(name, tmp_path, monke
     found = what_ships._network_of(name, folder / "final.safetensors")(images)
     assert found.shape == (2, network.num_features) and found.isfinite().all()
     if name not in BACKBONES:
-        monkeypatch.setattr("tsp_utils.backbones.runs_dir", lambda: tmp_path)
+        monkeypatch.setattr("tsp_utils.networks.registry.runs_dir", lambda: tmp_path)
         torch.testing.assert_close(load_backbone(name)(images), found)
 
 
@@ -244,7 +244,7 @@ def test_a_finished_arm_is_bundled_and_another_seed_leaves_its_read_outs(finishe
     checked_card(finished_arms / "vit_nano.safetensors", n_figures=3)
     records = json.loads((finished_arms / "readouts" / "vit_nano.json").read_text())
     assert [record["checkpoint"] for record in records] == ["quarter", "half", "final"]
-    monkeypatch.setattr("tsp_utils.backbones.bundled_dir", lambda: finished_arms)
+    monkeypatch.setattr("tsp_utils.networks.registry.bundled_dir", lambda: finished_arms)
     assert load_backbone("vit_nano").dim == 128  # by its card, without a row in the table
 
 

@@ -3,6 +3,8 @@
 import inspect
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -56,7 +58,7 @@ def test_the_two_views_of_an_image_stand_a_batch_apart(monkeypatch):
     monkeypatch.setattr(contrastive, "random_crops",
                         lambda x, size, scale, generator: x[..., :size, :size])
     run = Contrastive(IMAGES, TINY)
-    batch = next(run.batches)
+    batch = run.batch()
     one, other = run.views(batch).chunk(2)
     assert torch.equal(one, other) and one.shape == (16, 3, 16, 16)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (TINY.mean, TINY.std))
@@ -65,13 +67,15 @@ def test_the_two_views_of_an_image_stand_a_batch_apart(monkeypatch):
 
 def test_the_views_are_drawn_for_each_image_and_each_view():
     run = Contrastive(np.repeat(IMAGES[:1], 16, axis=0), TINY)
-    views = run.views(next(run.batches))
+    views = run.views(run.batch())
     assert len({view.numpy().tobytes() for view in views}) == 32
 
 
 def test_an_epoch_shows_every_image_once_in_another_order():
-    run = Contrastive(IMAGES[:32], TINY)
-    epochs = [torch.cat([next(run.batches), next(run.batches)]) for _ in range(2)]
+    run, batches = Contrastive(IMAGES[:32], TINY), []
+    for run.step_count in range(4):
+        batches.append(run.batch())
+    epochs = torch.cat(batches[:2]), torch.cat(batches[2:])
     assert not torch.equal(*epochs)
     for epoch in epochs:
         assert ({image.numpy().tobytes() for image in epoch} ==
@@ -89,6 +93,11 @@ def test_the_rate_rises_and_falls_and_norms_do_not_decay(optimizer):
     kernels, others = run.optimizer.param_groups
     assert (kernels["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
     assert {p.ndim for p in others["params"]} == {1} and len(kernels["params"]) > 10
+
+
+def test_its_own_network_is_known_without_another_import():
+    code = "import timm, tsp_utils.pretraining.contrastive; timm.create_model('small_resnet')"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_toy_run_learns_without_labels():

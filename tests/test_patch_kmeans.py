@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tsp_utils.networks.patch_kmeans import PatchKMeans, _contrast_normalised
+from tsp_utils.networks.patch_kmeans import PatchKMeans, normalised_patches
 from tsp_utils.pretraining.dictionary import _draw_patches, learn_patch_kmeans
 
 SMALL = dict(n_atoms=24, n_features=16, n_patches=4000, n_pca_images=600)
@@ -65,7 +65,7 @@ def test_patches_are_learned_from_as_they_are_looked_at():
     """What is drawn for the dictionary is among what an image is later cut into."""
     image = 120 + structured_images(1, seed=8) // 32
     drawn = _draw_patches(image, 40, np.random.default_rng(0))
-    every = _contrast_normalised(as_batch(image))[0]  # [729, 108]
+    every = normalised_patches(as_batch(image), 6)[0]  # [729, 108]
     assert torch.cdist(drawn, every).amin(1).max() < 1e-2
     assert drawn.shape == (40, 108) and len(torch.unique(drawn, dim=0)) > 30
 

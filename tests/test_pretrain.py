@@ -207,6 +207,11 @@ def test_any_timm_network_trains_to_its_budget_and_looking_at_it_changes_nothing
     torch.testing.assert_close(lengths, torch.ones_like(lengths))
 
 
+def test_the_log_has_the_rate_of_the_batches_there_were():
+    run = pretrain_dino(IMAGES, replace(TINY, batch_size=80, warmup=0.0), budget_images=40)
+    assert run.log[0]["learning_rate"] == TINY.learning_rate * len(IMAGES) / 256
+
+
 @pytest.mark.parametrize("images, changed, budget, sentence", [
     (IMAGES, {}, 0, "budget is empty"),
     (IMAGES[:1], {}, 10, "1 image is too few"),

@@ -98,7 +98,7 @@ def test_an_installed_package_serves_a_folder_and_an_estimator(installed):
     done = outside(installed, "-m", "tsp_utils", "cluster", "photos", "--n-clusters", "3")
     assert done.returncode == 0, done.stderr
     assert (installed / "clusters" / "photos" / "report.html").exists()
-    code = ("import numpy as np, tsp_utils as t; from tsp_utils import paths\n"
+    code = ("import numpy as np, tsp_utils as t; from tsp_utils.files import paths\n"
             "x = np.random.default_rng(0).standard_normal((60, 8)).astype('float32')\n"
             "print(t.__file__, paths.cache_dir(), t.__version__, t.load_study().n_seeds,"
             " len(t.TSPClustering(3, random_state=0, min_steps=10).fit_predict(x)))")

@@ -14,52 +14,45 @@ import time
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m tsp_utils", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run = commands.add_parser("reproduce", help="run every notebook of a profile")
-    run.set_defaults(do=run_notebooks)
+
+    def command(name: str, do, words: str, *parents) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=words, parents=parents)
+        added.set_defaults(do=do)
+        return added
+
+    settings, images = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    settings.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides",
+                          help="override settings of the profile; the run gets a folder of its own")
+    images.add_argument("folder", help="images, nested or flat, of any size; it is not changed")
+    images.add_argument("--backbone", default="auto",
+                        help="default auto: by the images' size, of what can be had; or a name")
+    images.add_argument("--out", help="default: clusters/NAME OF THE FOLDER")
+    images.add_argument("--seed", type=int, default=0, help="another one starts anew")
+    images.add_argument("--force", action="store_true", help="replace results that are there")
+
+    run = command("reproduce", run_notebooks, "run every notebook of a profile", settings)
     run.add_argument("--profile", default="offline", help="offline (default), small or paper")
-    run.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides",
-                     help="override settings of the profile; the run gets a folder of its own")
     run.add_argument("--force", action="store_true", help="run again what did not change")
-    run.add_argument("--jobs", type=int, default=None, metavar="N",
+    run.add_argument("--jobs", type=int, metavar="N",
                      help="notebooks side by side: by default 2, with a GPU 1")
-    row = commands.add_parser("paper-mini", help="the paper's central row, stage by stage")
-    row.set_defaults(do=central_row, profile="paper-mini")
-    row.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides")
+    row = command("paper-mini", central_row, "the paper's central row, stage by stage", settings)
     row.add_argument("--go-on", action="store_true", help="past a stage that departs")
-    cluster = commands.add_parser("cluster", help="cluster a folder of images")
-    cluster.set_defaults(do=cluster_images)
-    cluster.add_argument("folder", help="images, nested or flat, of any size; it is not changed")
+    cluster = command("cluster", cluster_images, "cluster a folder of images", images)
     cluster.add_argument("--n-clusters", type=int, required=True, help="yours to choose; required")
-    cluster.add_argument("--backbone", default="auto",
-                         help="default auto: by the images' size, of what can be had; or a name")
-    cluster.add_argument("--out", default=None, help="default: clusters/NAME OF THE FOLDER")
     cluster.add_argument("--n-neighbors", type=int, default=20, help="K of Eq. 4, default 20")
     cluster.add_argument("--entropy-weight", type=float, default=3.0,
                          help="default 3; lower it where clusters should differ in size")
-    cluster.add_argument("--seed", type=int, default=0, help="another one starts anew")
-    cluster.add_argument("--force", action="store_true", help="replace results that are there")
-    kept = commands.add_parser("cache", help="say how large the cache is, or make it smaller")
-    kept.set_defaults(do=keep_cache)
-    kept.add_argument("--prune", type=size, default=None, metavar="SIZE", dest="most",
+    kept = command("cache", keep_cache, "say how large the cache is, or make it smaller")
+    kept.add_argument("--prune", type=size, default=math.inf, metavar="SIZE",
                       help="such as 500M or 2G: what was not used for longest goes first")
-    suggest = commands.add_parser("suggest", help="how many clusters a folder may have")
-    suggest.set_defaults(do=suggest_number)
-    suggest.add_argument("folder", help="as of cluster; it is not changed")
+    suggest = command("suggest", suggest_number, "how many clusters a folder may have", images)
     suggest.add_argument("--min-clusters", type=int, default=2, help="default 2")
-    suggest.add_argument("--max-clusters", type=int, default=None, help="default 30")
-    suggest.add_argument("--backbone", default=cluster.get_default("backbone"),
-                         help="as of cluster")
-    suggest.add_argument("--out", default=None, help="default: clusters/NAME OF THE FOLDER")
-    suggest.add_argument("--seed", type=int, default=0, help="another one starts anew")
-    suggest.add_argument("--force", action="store_true", help="replace results that are there")
-    vectors = commands.add_parser("bundle-vectors", help="take in a file of make paper-vectors")
-    vectors.set_defaults(do=take_in)
+    suggest.add_argument("--max-clusters", type=int, help="default 30")
+    vectors = command("bundle-vectors", take_in, "take in a file of make paper-vectors")
     vectors.add_argument("file", help="features, labels and their card; it is checked, and copied")
-    copy = commands.add_parser("figures", help="copy a finished run's figures into figures/")
-    copy.set_defaults(do=copy_figures)
+    copy = command("figures", copy_figures, "copy a finished run's figures into figures/")
     copy.add_argument("--profile", default="offline")
-    commands.add_parser("refresh", help="put a finished run's outputs into notebooks/"
-                        ).set_defaults(do=refresh_notebooks)
+    command("refresh", refresh_notebooks, "put a finished run's outputs into notebooks/")
     return top
 
 
@@ -87,26 +80,28 @@ def main(arguments) -> int:
 
 
 def run_notebooks(args) -> int:
+    from tsp_utils.study.profile import load_study
     from tsp_utils.study.runner import reproduce, stop_when_terminated
     stop_when_terminated()
-    report(reproduce(" ".join([args.profile, *args.overrides]), args.force, jobs=args.jobs))
-    print(f"executed notebooks and figures: runs/{run_folder(args)}")
-    if args.profile == "paper":
-        return report_against_paper(" ".join([args.profile, *args.overrides]))
-    return 0
+    profile = " ".join([args.profile, *args.overrides])
+    report(reproduce(profile, args.force, jobs=args.jobs))
+    print(f"executed notebooks and figures: runs/{load_study(profile).profile}")
+    return report_against_paper(profile) if args.profile == "paper" else 0
 
 
 def central_row(args) -> int:
     """A paragraph a stage; 3 where one departs from the paper."""
     from tsp_utils.study.paper_mini import paper_mini
+    from tsp_utils.study.profile import load_study
     departs = False
     for gate in paper_mini(" ".join(args.overrides), args.go_on):
         departs |= gate.passed is False
         verdict = {True: "pass", False: "DEPARTS", None: "for the record"}[gate.passed]
         print(f"{gate.stage}: {verdict} ({gate.seconds:.0f} s)\n  expected  {gate.expected}\n"
               f"  came      {gate.came}\n  means     {gate.means}", flush=True)
-    print(f"runs/{run_folder(args)}/paper_mini.json has every stage, docs/paper_mini.md what each "
-          f"means{'; GO_ON=1 (--go-on) goes past a departure' * departs}")
+    folder = load_study(" ".join(["paper-mini", *args.overrides])).profile
+    print(f"runs/{folder}/paper_mini.json has every stage, docs/paper_mini.md what each means"
+          f"{'; GO_ON=1 (--go-on) goes past a departure' * departs}")
     return 3 if departs else 0
 
 
@@ -125,7 +120,7 @@ def cluster_images(args) -> None:
 def keep_cache(args) -> None:
     from tsp_utils.cache import prune
     from tsp_utils.files.paths import cache_dir
-    removed, left = prune(math.inf if args.most is None else args.most)
+    removed, left = prune(args.prune)
     print(f"{cache_dir()}: {removed / 1e6:,.1f} MB removed, {left / 1e6:,.1f} MB kept")
 
 
@@ -169,11 +164,6 @@ def report_against_paper(profile: str) -> int:
     return 3 if len(outside) else 0
 
 
-def run_folder(args) -> str:
-    from tsp_utils.study.profile import load_study
-    return load_study(" ".join([args.profile, *args.overrides])).profile
-
-
 def report(steps) -> None:
     """Print a line where a notebook starts and where it ends, and between them how far it is.
 
@@ -183,8 +173,7 @@ def report(steps) -> None:
     from tsp_utils.study.runner import Step
     start, terminal = time.perf_counter(), sys.stdout.isatty()
     clear = "\r\x1b[K" if terminal else ""
-    running: dict[str, Step] = {}
-    said: dict[str, tuple[float, str]] = {}
+    running, said = {}, {}  # by name: its last step; when something was said of it, and what
     try:
         for step in (Step(*step) for step in steps):
             running.pop(step.name, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tsp_utils.files.paths import check_reachable
+from tsp_utils.files.paths import check_reachable, without_empty
 
 
 def read_published(name: str, kind: str, split: str, root: Path, download: bool):
@@ -23,7 +23,8 @@ def read_published(name: str, kind: str, split: str, root: Path, download: bool)
 
     source = getattr(torchvision.datasets, kind)
     checksums = published_files(kind, split)
-    _fetch(name, source, root, list(checksums), download)
+    with without_empty(root):
+        _fetch(name, source, root, list(checksums), download)
     if kind == "FashionMNIST":
         return *read_idx_pair(root / kind / "raw", split), ()
     folder = root / source.base_folder
@@ -32,10 +33,8 @@ def read_published(name: str, kind: str, split: str, root: Path, download: bool)
     except Exception as error:  # torchvision does not say which file
         check = torchvision.datasets.utils.check_integrity
         bad = [Path(f).name for f, md5 in checksums.items() if not check(root / f, md5)]
-        raise OSError(
-            f"{', '.join(bad) or name} in {folder} is corrupt (not the published checksum): "
-            f"delete it and load {name} again to fetch it anew."
-        ) from error
+        raise OSError(f"{', '.join(bad) or name} in {folder} is corrupt (not the published "
+                      f"checksum): delete it and load {name} again to fetch it anew.") from error
     if kind == "STL10":
         labels = None if split == "unlabeled" else data.labels.astype(np.int64)
         return data.data.transpose(0, 2, 3, 1), labels, ()
@@ -80,7 +79,6 @@ def _fetch(name: str, source, root: Path, files: list[str], download: bool):
         raise OSError(f"{archive} is corrupt or incomplete: delete it and load {name} again.")
     if not packed and not download:
         raise FileNotFoundError(f"{name} is not in {root}: pass download=True, or {by_hand}.")
-    created = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as staging:
@@ -97,18 +95,11 @@ def _fetch(name: str, source, root: Path, files: list[str], download: bool):
     except Exception as error:  # URLError, HTTPException, RuntimeError, TarError, OSError ...
         refused = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
         if getattr(error, "errno", None) in refused:
-            raise OSError(
-                f"Cannot write {name} into {root} ({getattr(error, 'strerror', error)}): set "
-                "TSP_DATA or pass root= to a folder that can be written."
-            ) from error
-        raise ConnectionError(
-            f"Could not fetch {name} ({' '.join(str(error).split())}): check the network and the "
-            f"free space, or {by_hand} and load it again."
-        ) from error
-    finally:
-        for folder in created:  # innermost first; one that is not empty stays
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
+            raise OSError(f"Cannot write {name} into {root} ({getattr(error, 'strerror', error)}): "
+                          f"set TSP_DATA or pass root= to a folder that can be written.") from error
+        raise ConnectionError(f"Could not fetch {name} ({' '.join(str(error).split())}): check the "
+                              f"network and the free space, or {by_hand} and load it again."
+                              ) from error
 
 
 def read_idx_pair(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:

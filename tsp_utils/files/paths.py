@@ -57,11 +57,10 @@ def check_reachable(*urls: str, seconds: float = 8) -> None:
     answers: queue.Queue = queue.Queue()
 
     def ask(url: str) -> None:
+        call = urllib.request.Request(url, method="HEAD")
         try:
-            call = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(call, timeout=seconds).close()
-            answers.put(None)
-        except urllib.error.HTTPError:  # it answers: what is wrong the download says
+            with contextlib.suppress(urllib.error.HTTPError):  # an answer: the download says more
+                urllib.request.urlopen(call, timeout=seconds).close()
             answers.put(None)
         except Exception as error:
             answers.put(error)
@@ -77,6 +76,18 @@ def check_reachable(*urls: str, seconds: float = 8) -> None:
         if error is None:
             return
     raise OSError(str(error))
+
+
+@contextlib.contextmanager
+def without_empty(folder: Path):
+    """Remove at the end what was made of a folder and of those it lies in, if it is still empty."""
+    new = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        yield
+    finally:
+        for path in new:  # the inner one first
+            if os.path.isdir(path) and not any(path.iterdir()):
+                path.rmdir()
 
 
 def write_whole(path: Path, write) -> None:

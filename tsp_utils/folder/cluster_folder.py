@@ -28,7 +28,7 @@ from tsp_utils.files.image_folders import (
     read_images,
     split_folders,
 )
-from tsp_utils.files.paths import cache_dir, write_together
+from tsp_utils.files.paths import cache_dir, without_empty, write_together
 from tsp_utils.folder.choice import choose_backbone, usual_px
 from tsp_utils.folder.readable_files import ReadableFiles
 from tsp_utils.neighbors import Neighbors, nearest_neighbors
@@ -94,25 +94,21 @@ def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "auto
     paths = list_images(folder, others)
     _check_number(folder, len(paths), n_clusters)
     out = results_folder(folder, out, seed)
-    with _alone(out):
-        made_here = _check_out(folder, out, force)
-        try:
-            before = {path: _stamp(folder / path) for path in paths}
-            found = cluster_images(folder, paths, n_clusters, backbone, seed, **settings)
-            if kinds_of(others):
-                found.notes.append(f"Passed over, as junk or as what Pillow does not read: "
-                                   f"{kinds_of(others)}.")
-            found.made["out"] = str(out)
-            found.changed.update(p for p in found.paths if before[p] != _stamp(folder / p))
-            page = folder_page(found)
-            for note in found.told():
-                logger.warning(note)
-            if not force:
-                _check_out(folder, out, force)  # another run may have written meanwhile
-            write_results(found, page, out)
-        except BaseException:
-            _remove_empty(made_here)
-            raise
+    with _alone(out), without_empty(out):
+        check_out(folder, out, force)
+        before = {path: _stamp(folder / path) for path in paths}
+        found = cluster_images(folder, paths, n_clusters, backbone, seed, **settings)
+        if kinds_of(others):
+            found.notes.append(f"Passed over, as junk or as what Pillow does not read: "
+                               f"{kinds_of(others)}.")
+        found.made["out"] = str(out)
+        found.changed.update(p for p in found.paths if before[p] != _stamp(folder / p))
+        page = folder_page(found)
+        for note in found.told():
+            logger.warning(note)
+        if not force:
+            check_out(folder, out, force)  # another run may have written meanwhile
+        write_results(found, page, out)
     return out
 
 
@@ -129,17 +125,31 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
                    **settings) -> FolderClusters:
     """Features (cached), heads and neighbours of a folder's images, with what there is to tell."""
     network, advice = choose_backbone(backbone, usual_px(folder, paths))
-    features, told = _features(network, folder, paths, n_clusters)
-    unreadable = told["unreadable"]
-    readable = [path for path in paths if path not in unreadable]
-    notes = [f"{len(unreadable)} of {len(paths)} files could not be read and were skipped; the "
-             f"end of the report names them."] if unreadable else []
-    notes += _about_files(told, readable)
-    if 2 * len(told["constant"]) > len(readable) and (
+    features, files = features_of(network, folder, paths, n_clusters)
+    readable = [path for path in paths if path not in files.unreadable]
+    one_color = (f"{len(files.constant)} of {len(readable)} images are of one colour throughout "
+                 f"({_three(sorted(files.constant))})")
+    if 2 * len(files.constant) > len(readable) and (
             distinct := len(np.unique(features, axis=0))) < n_clusters:
-        raise ValueError(f"{_of_one_color(told, readable)}, which leaves too few that differ "
-                         f"({distinct}) for {n_clusters} clusters: replace or delete these files, "
-                         f"or pass a smaller --n-clusters.")
+        raise ValueError(f"{one_color}, which leaves too few that differ ({distinct}) for "
+                         f"{n_clusters} clusters: replace or delete these files, or pass a smaller "
+                         f"--n-clusters.")
+    labels, classes = labels_from_folders(readable, ())
+    notes = []
+    if files.unreadable:
+        notes.append(f"{len(files.unreadable)} of {len(paths)} files could not be read and were "
+                     f"skipped; the end of the report names them.")
+    if files.constant:
+        notes.append(f"{one_color}: look at these files, and replace or delete them "
+                     f"(docs/your_own_images.md says how each kind is read).")
+    if files.pages:
+        pages = [f"{path} (page {page})" for path, page in sorted(files.pages.items())]
+        notes.append(f"Of files with several pages the first that is not of one colour was taken: "
+                     f"{_three(pages)}.")
+    if splits := split_folders(readable):
+        are = "are not" if labels is None else "are"
+        notes.append(f"Folders named like the splits of a data set ({_three(splits)}) {are} taken "
+                     f"as classes: pass one of them alone, if that is what you want clustered.")
     notes += advice
     if len(readable) < ENOUGH * n_clusters:
         notes.append(f"{len(readable)} images are about {len(readable) // n_clusters} a cluster: "
@@ -150,60 +160,36 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
         model = TSPClustering(n_clusters, random_state=seed, **settings).fit(features)
     notes += [str(warning.message) for warning in told if warning.category is UserWarning]
     neighbors = nearest_neighbors(features, min(model.n_neighbors, len(features) - 1), model.metric)
-    labels, classes = labels_from_folders(readable, ())
     return FolderClusters(
         folder, tuple(readable), features, model.labels_, model.predict_proba(features),
-        model.stability_, neighbors, model.history_, labels, classes, unreadable, notes,
+        model.stability_, neighbors, model.history_, labels, classes, files.unreadable, notes,
         {"backbone": network.name, "weights": (network.describe()["weights_sha256"] or "none")[:16],
          "seed": seed, "settings": model.get_params() | {"random_state": seed},
          "versions": cache.versions()})
 
 
-def _features(network, folder: Path, paths: list[str], n_clusters: int):
-    """Features float32 of the images that can be read, and what `ReadableFiles.told` says."""
+def features_of(network, folder: Path, paths: list[str], n_clusters: int):
+    """Features float32 of the images that can be read, and the `ReadableFiles`, all looked at."""
     files = ReadableFiles(folder, paths)
 
-    def look() -> tuple[dict, np.ndarray]:
-        told = files.told()
-        kept = np.array([path not in told["unreadable"] for path in paths])
-        _check_number(folder, int(kept.sum()), n_clusters, len(told["unreadable"]))
-        return told, kept
+    def readable() -> np.ndarray:
+        files.look_at_all()
+        kept = np.array([path not in files.unreadable for path in paths])
+        _check_number(folder, int(kept.sum()), n_clusters, len(files.unreadable))
+        return kept
 
     sizes = (max(image.shape[:2]) for path, image in zip(paths, files, strict=False)
              if path not in files.unreadable)  # known once the image was asked for
     if next(sizes, 0) <= LARGEST_ARRAY_PX:  # decoded at once, as `load_dataset` does it
-        told, kept = look()
+        kept = readable()
         try:
             images = read_images(folder, [paths[i] for i in np.flatnonzero(kept)])
         except OSError:  # one went away since
-            return _features(network, folder, paths, n_clusters)
+            return features_of(network, folder, paths, n_clusters)
         if isinstance(images, np.ndarray):
-            return np.asarray(cached_features(network, ImageDataset("", None, images))), told
+            return np.asarray(cached_features(network, ImageDataset("", None, images))), files
     features = cached_features(network, ImageDataset("", None, files))  # decoded meanwhile
-    told, kept = look()
-    return np.asarray(features[kept]), told
-
-
-def _about_files(told: dict, readable: list[str]) -> list[str]:
-    """Sentences about files that may not be what they were meant to be, and folders likewise."""
-    notes = []
-    if told["constant"]:
-        notes.append(f"{_of_one_color(told, readable)}: look at these files, and replace or delete "
-                     f"them (docs/your_own_images.md says how each kind is read).")
-    if told["pages"]:
-        pages = [f"{path} (page {page})" for path, page in sorted(told["pages"].items())]
-        notes.append(f"Of files with several pages the first that is not of one colour was taken: "
-                     f"{_three(pages)}.")
-    if splits := split_folders(readable):
-        are = "are not" if labels_from_folders(readable, ())[0] is None else "are"
-        notes.append(f"Folders named like the splits of a data set ({_three(splits)}) {are} taken "
-                     f"as classes: pass one of them alone, if that is what you want clustered.")
-    return notes
-
-
-def _of_one_color(told: dict, readable: list[str]) -> str:
-    return (f"{len(told['constant'])} of {len(readable)} images are of one colour throughout "
-            f"({_three(told['constant'])})")
+    return np.asarray(features[readable()]), files
 
 
 def _three(names: list[str]) -> str:
@@ -245,7 +231,6 @@ def _alone(out: Path):
     """Refuse a second run into one folder; the system frees the lock of a killed one."""
     lock = FileLock(cache_dir() / "files" / f"{cache.hash_of(str(out.resolve()))}.lock")
     try:
-        (cache_dir() / "files").mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise FileExistsError(f"Another run writes into {out}: wait for it, or pass another folder "
@@ -280,34 +265,23 @@ def _check_number(folder: Path, n: int, n_clusters: int, n_unreadable: int = 0) 
                          f"pass at most {n} as --n-clusters.")
 
 
-def _check_out(folder: Path, out: Path, force: bool) -> list[Path]:
-    """Refuse results that are there and folders that cannot be written, before any work."""
+def check_out(folder: Path, out: Path, force: bool,
+              names: tuple[str, ...] = ("clusters.csv", "report.html")) -> None:
+    """Make `out`; refuse results that are there and folders that cannot be written."""
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{out} lies in the folder of the images, which is not to be changed: "
                          f"pass another folder as --out.")
-    there = [out / name for name in ("clusters.csv", "report.html")
-             if os.path.lexists(out / name)]  # a link that leads nowhere is somebody's, too
-    for path in there:
-        if path.is_dir():
+    for path in (out / name for name in names):
+        if os.path.isdir(path):
             raise FileExistsError(f"{path} is a folder, where a file would be written: pass "
                                   f"another folder as --out.")
-        if not force:
+        if not force and os.path.lexists(path):  # a link that leads nowhere is somebody's, too
             raise FileExistsError(f"{path} is there already: pass --force to replace it, or "
                                   f"another folder as --out.")
-    new = [path for path in (out, *out.parents) if not os.path.exists(path)]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):  # under a name that nobody has
             pass
     except OSError as error:
-        _remove_empty(new)
         raise OSError(f"{out} cannot be written ({error.strerror}): pass another folder as "
                       f"--out.") from None
-    return new
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders that were made here, the inner one first, where they are still empty."""
-    for folder in folders:
-        if os.path.isdir(folder) and not any(folder.iterdir()):
-            folder.rmdir()

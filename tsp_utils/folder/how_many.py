@@ -16,9 +16,9 @@ from sklearn.metrics import adjusted_rand_score, pairwise_distances, silhouette_
 from sklearn.utils import check_random_state
 
 from tsp_utils.files.image_folders import list_images
-from tsp_utils.files.paths import write_together
+from tsp_utils.files.paths import without_empty, write_together
 from tsp_utils.folder.choice import choose_backbone, usual_px
-from tsp_utils.folder.cluster_folder import _check_out, _features, _remove_empty, results_folder
+from tsp_utils.folder.cluster_folder import check_out, features_of, results_folder
 from tsp_utils.heads import init_heads, train_heads
 from tsp_utils.k_means import kmeans
 from tsp_utils.maps import umap_points
@@ -177,15 +177,12 @@ def suggest_folder(folder: str | Path, min_clusters: int = 2, max_clusters: int 
     out = results_folder(folder, out, seed)
     most = min(MOST, len(paths) // 2 - 1) if max_clusters is None else max_clusters
     candidates = _checked(candidates_between(min_clusters, most), len(paths))
-    for path in (out / "how_many.csv", out / "how_many.png"):
-        if path.exists() and not force:
-            raise FileExistsError(f"{path} is there already: pass --force to replace it, or "
-                                  f"another folder as --out.")
-    _remove_empty(_check_out(folder, out, force=True))  # that it can be written, and not more
+    with without_empty(out):  # that it can be written, and not more
+        check_out(folder, out, force, ("how_many.csv", "how_many.png"))
     network, advice = choose_backbone(backbone, usual_px(folder, paths))
     for sentence in advice:
         logger.warning(sentence)
-    features, _ = _features(network, folder, paths, candidates[-1])
+    features, _ = features_of(network, folder, paths, candidates[-1])
     found = suggest_n_clusters(features, candidates, random_state=seed)
     draw(found).savefig(picture := io.BytesIO(), format="png")
     write_together({out / "how_many.csv": found.table.round(4).to_csv().encode(),

@@ -36,8 +36,9 @@ def folder_page(found) -> str:
     """The page about `FolderClusters`: clusters, doubts, neighbours, map, how it was made."""
     shares = neighbor_shares(found.clusters, found.neighbors.indices, found.probabilities.shape[1])
     sizes = np.bincount(found.clusters, minlength=len(shares))
+    order = np.argsort(-sizes, kind="stable").tolist()
     shown = {c: chosen_images(found, c, max(1, min(EACH, CLUSTER_IMAGES // 3 // len(shares))))
-             for c in np.argsort(-sizes, kind="stable")[:CLUSTER_IMAGES // 3].tolist()}
+             for c in order[:CLUSTER_IMAGES // 3]}
     rows, points = map_points(found.features)
     step = math.ceil(len(rows) / MAP_IMAGES)
     hovered = rows[::step]
@@ -49,11 +50,12 @@ def folder_page(found) -> str:
         (Path(__file__).parent / "page.html.jinja").read_text(encoding="utf-8"))
     return page.render(
         found=found, name=found.folder.resolve().name, n=len(found.paths), sizes=sizes.tolist(),
-        order=np.argsort(-sizes, kind="stable").tolist(), shown=shown, thumbnails=in_rows,
-        sure=sure, mean_of=[float(sure[found.clusters == c].mean()) if n else 0.0
-                            for c, n in enumerate(sizes)],
+        order=order, shown=shown, thumbnails=in_rows, sure=sure,
+        mean_of=[float(sure[found.clusters == c].mean()) if n else 0.0
+                 for c, n in enumerate(sizes)],
         links={i: _link(found, i) for i in in_rows},
-        nearby=[_nearby(share, c) for c, share in enumerate(shares)],
+        nearby=[[(other, 100 * share[other]) for other in np.argsort(-share, kind="stable").tolist()
+                 if other != c and share[other] >= 0.01][:3] for c, share in enumerate(shares)],
         color=lambda c: PALETTE[c] if len(shares) <= len(PALETTE) else (
             f"hsl({360 * c / len(shares):.0f} {55 + 20 * (c % 2)}% {42 + 8 * (c % 3)}%)"),
         step=step, points=_on_canvas(points, rows, found, on_map),
@@ -109,12 +111,6 @@ def after_the_fact(found) -> dict | None:
             "clusters": order.tolist(), "rows": list(zip(found.classes, counts[:, order].tolist(),
                                                          strict=True)),
             "largest": max(1, int(counts.max()))}
-
-
-def _nearby(share: np.ndarray, cluster: int) -> list[tuple[int, float]]:
-    """The three other clusters that most of a cluster's neighbours lie in, from one percent on."""
-    others = [c for c in np.argsort(-share, kind="stable").tolist() if c != cluster]
-    return [(c, 100 * share[c]) for c in others[:3] if share[c] >= 0.01]
 
 
 def _thumbnails(found, rows: set[int], size: int) -> dict[int, str]:

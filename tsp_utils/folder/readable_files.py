@@ -61,11 +61,8 @@ class ReadableFiles(ImageFiles):
         self._shape = image.shape  # so that backbones for images of one size go on, too
         return image
 
-    def told(self) -> dict:
-        """What is known of all files, looked at now or, by what they hold, in whatever folder:
-
-        {"unreadable": path -> reason, "constant": paths, "pages": path -> page taken}.
-        """
+    def look_at_all(self) -> None:
+        """Fill `unreadable`, `constant` and `pages` by what all files hold, here or elsewhere."""
         def look(row: int) -> list:
             if row not in self.seen:
                 self[row]
@@ -88,5 +85,3 @@ class ReadableFiles(ImageFiles):
                 self.constant.add(path)
             if page:
                 self.pages[path] = int(page)
-        return {"unreadable": self.unreadable, "constant": sorted(self.constant),
-                "pages": self.pages}

@@ -10,18 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-SIDE, CELLS, CONTRAST = 32, 3, 10.0  # pixels a side, cells a side, Coates, Lee and Ng's constant
+from tsp_utils.networks.patch_kmeans import SIDE, normalised_patches
 
-
-def normalised_patches(images: torch.Tensor, size: int) -> torch.Tensor:
-    """All patches of images [B, 3, 32, 32] in [0, 1], less their mean, over sqrt(variance + 10).
-
-    Returns [B, positions, 3 * size^2]; the variance is of pixels from 0 to 255.
-    """
-    patches = F.unfold(images * 255, size)
-    patches = patches - patches.mean(1, keepdim=True)
-    variance = patches.square().sum(1, keepdim=True) / (patches.shape[1] - 1)  # `var`, but faster
-    return (patches / (variance + CONTRAST).sqrt()).mT
+CELLS = 3  # a side
 
 
 def _cells(grid: int) -> torch.Tensor:

@@ -24,9 +24,12 @@ def _quadrants() -> torch.Tensor:
     return torch.einsum("ay,bx->abyx", halves, halves).reshape(4, GRID * GRID)
 
 
-def _contrast_normalised(images: torch.Tensor) -> torch.Tensor:
-    """Patches [B, 729, 108] of images [B, 3, 32, 32] in [0, 1], each of mean 0 and variance 1."""
-    patches = F.unfold(images * 255, PATCH)  # [B, 108, 729]
+def normalised_patches(images: torch.Tensor, size: int) -> torch.Tensor:
+    """All patches of images [B, 3, 32, 32] in [0, 1], less their mean, over sqrt(variance + 10).
+
+    Returns [B, positions, 3 * size^2]; the variance is of pixels from 0 to 255.
+    """
+    patches = F.unfold(images * 255, size)
     patches = patches - patches.mean(1, keepdim=True)
     variance = patches.square().sum(1, keepdim=True) / (patches.shape[1] - 1)  # `var`, but faster
     return (patches / (variance + CONTRAST).sqrt()).mT
@@ -67,7 +70,7 @@ class PatchKMeans(nn.Module):
         pooled = images.new_empty(len(images), 4, len(self.atoms))
         d = images.new_empty(GRID * GRID, len(self.atoms))  # fresh memory an image costs more
         for few, out in zip(images.split(8), pooled.split(8), strict=True):  # few, for the cache
-            z = (_contrast_normalised(few) - self.mean) @ self.whitener  # [8, 729, 108]
+            z = (normalised_patches(few, PATCH) - self.mean) @ self.whitener  # [8, 729, 108]
             z = torch.cat([z, z.square().sum(-1, keepdim=True), torch.ones_like(z[..., :1])], -1)
             for i, patches in enumerate(z):  # and one by one: 729 x A distances are 4.5 MB
                 torch.mm(patches, self.distance, out=d).clamp_(min=0).sqrt_()  # [729, A]

@@ -10,7 +10,7 @@ import re
 import textwrap
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import timm
@@ -40,7 +40,7 @@ class BackboneSpec:
     architecture: str  # timm's name, or our own: pixels, one of OF_PATCHES
     options: Mapping = field(default_factory=dict)  # further arguments of timm.create_model
     source: str = "none"  # of the weights: none, random, bundled, package, url, timm
-    file: str = ""  # official file name; bundled, or looked for in TSP_DATA/weights first
+    file: str = ""  # official name, looked for in TSP_DATA/weights; bundled: NAME.safetensors
     url: str = ""  # or the name of the Python package that carries the file
     input_size: int | None = 224  # pixels a side; None: the images' own
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -49,17 +49,13 @@ class BackboneSpec:
     dim: int | None = None  # None: known once it is loaded, or has seen images
     published_knn: float | None = None  # ImageNet k-NN top-1, percent: published, not checked here
     note: str = ""
+    resized: bool = False  # weights may have a position grid of another size
 
-    def for_size(self, img_size: int) -> "ResizedSpec":
+    def for_size(self, img_size: int) -> "BackboneSpec":
         """This network on images of another size, in pixels: its position grid is resampled."""
         fixed = getattr(timm.get_pretrained_cfg(self.architecture), "fixed_input_size", False)
         grid = {"img_size": img_size} if fixed else {}
-        return ResizedSpec(**vars(self) | {"input_size": img_size,
-                                           "options": {**self.options, **grid}})
-
-
-class ResizedSpec(BackboneSpec):
-    """A row whose weights may have a position grid of another size."""
+        return replace(self, input_size=img_size, options={**self.options, **grid}, resized=True)
 
 
 def load_model(spec: BackboneSpec, checkpoint=None) -> nn.Module:
@@ -130,7 +126,7 @@ def _find_weights(spec: BackboneSpec) -> Path | None:
     if spec.source in ("none", "random"):
         return None
     if spec.source == "bundled":
-        return bundled_dir() / spec.file
+        return bundled_dir() / (spec.file or f"{spec.name}.safetensors")
     if spec.source == "package":
         carrier = importlib.util.find_spec(spec.url)
         if carrier is None or carrier.origin is None:
@@ -192,7 +188,7 @@ def _load_strictly(model: nn.Module, path: Path, spec: BackboneSpec) -> nn.Modul
         state = dict(zip(names, state.values(), strict=False))
     state = {key: value for key, value in state.items()
              if key in due or not key.startswith(tuple(f"{head}." for head in heads))}
-    if isinstance(spec, ResizedSpec) and "pos_embed" in due.keys() & state.keys():
+    if spec.resized and "pos_embed" in due.keys() & state.keys():
         state["pos_embed"] = timm.layers.resample_abs_pos_embed(
             state["pos_embed"], model.patch_embed.grid_size,  # type: ignore[union-attr]
             num_prefix_tokens=model.num_prefix_tokens)

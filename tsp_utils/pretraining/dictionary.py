@@ -1,7 +1,5 @@
 """A dictionary of patches, learned from images alone: the network is `patch_kmeans.py`."""
 
-import logging
-
 import faiss
 import numpy as np
 import torch
@@ -9,8 +7,6 @@ from sklearn.decomposition import PCA
 from tqdm.auto import tqdm
 
 from tsp_utils.networks.patch_kmeans import CONTRAST, GRID, PATCH, SIDE, WHITENING, PatchKMeans
-
-logger = logging.getLogger(__name__)
 
 
 def check_source(images, n_features: int) -> None:
@@ -35,15 +31,11 @@ def learn_patch_kmeans(images, n_atoms=1536, n_features=256, n_patches=400_000,
     check_source(images, n_features)
     rng = np.random.default_rng(seed)
     patches = _draw_patches(images, n_patches, rng)  # [n_patches, 108]
-    mean = patches.mean(0)
-    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
-    whitener = vectors @ torch.diag((values + WHITENING).rsqrt()) @ vectors.T
-    atoms = _kmeans_atoms(((patches - mean) @ whitener).numpy(), n_atoms, seed)
-
+    mean, whitener, atoms = whitened_atoms(patches, n_atoms, WHITENING, seed + 1)
     rest = (torch.zeros(1), torch.ones(1), torch.zeros(1, 1))  # not yet known, not yet used
     network = PatchKMeans(mean, whitener, atoms, *rest)
     chosen = rng.choice(len(images), min(n_pca_images, len(images)), replace=False)
-    activations = torch.cat([network.activations(_to_float(images[chosen[i : i + 128]]))
+    activations = torch.cat([network.activations(to_float(images[chosen[i : i + 128]]))
                              for i in tqdm(range(0, len(chosen), 128), "activations")])  # [n, 4A]
     centre, scale = activations.mean(0), activations.std(0).clamp(min=1e-6)
     activations.sub_(centre).div_(scale)
@@ -52,7 +44,7 @@ def learn_patch_kmeans(images, n_atoms=1536, n_features=256, n_patches=400_000,
     return PatchKMeans(mean, whitener, atoms, centre, scale, axes)
 
 
-def _to_float(images: np.ndarray) -> torch.Tensor:
+def to_float(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
 
 
@@ -67,9 +59,12 @@ def _draw_patches(images, n_patches: int, rng) -> torch.Tensor:
     return patches / (patches.var(-1, keepdim=True) + CONTRAST).sqrt()
 
 
-def _kmeans_atoms(patches: np.ndarray, n_atoms: int, seed: int) -> torch.Tensor:
-    kmeans = faiss.Kmeans(patches.shape[1], n_atoms, niter=25, seed=seed + 1,
+def whitened_atoms(patches: torch.Tensor, n_atoms: int, constant: float, seed: int):
+    """Mean [P] and whitener [P, P] of patches [n, P], and by K-means their atoms [A, P]."""
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+    whitener = vectors @ torch.diag((values + constant).rsqrt()) @ vectors.T
+    kmeans = faiss.Kmeans(patches.shape[1], n_atoms, niter=25, seed=seed,
                           max_points_per_centroid=len(patches) // n_atoms + 1)
-    kmeans.train(patches)
-    logger.info("K-means over %d patches: %d atoms", len(patches), n_atoms)
-    return torch.from_numpy(kmeans.centroids.copy())
+    kmeans.train(((patches - mean) @ whitener).numpy())
+    return mean, whitener, torch.from_numpy(kmeans.centroids.copy())

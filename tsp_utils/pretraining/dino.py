@@ -7,7 +7,6 @@ backbone out; labels never enter. All images lie as one uint8 tensor on the devi
 import copy
 import hashlib
 import logging
-import math
 from dataclasses import dataclass, replace
 
 import timm
@@ -19,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 
 from tsp_utils.pretraining.multi_crop import multi_crop
+from tsp_utils.pretraining.trainer import Trainer, cosine, groups_by_decay, warmed_up
 
 logger = logging.getLogger(__name__)
 
@@ -125,20 +125,12 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
     torch._foreach_add_(ours, theirs, alpha=1 - momentum)
 
 
-def cosine(progress: float, start: float, end: float) -> float:
-    """From start at 0 to end at 1."""
-    return end + (start - end) * (1 + math.cos(math.pi * min(progress, 1))) / 2
-
-
 def schedule(recipe: DinoRecipe, progress: float) -> dict[str, float]:
     """Learning rate, weight decay, momentum and teacher temperature at a share of the budget."""
     peak = recipe.learning_rate * recipe.batch_size / 256
-    warm = progress / recipe.warmup if recipe.warmup else 1.0
-    after = (progress - recipe.warmup) / (1 - recipe.warmup)
     low, high = recipe.teacher_temperature
     return {
-        "learning_rate": peak * warm if warm < 1 else cosine(
-            after, peak, recipe.final_learning_rate),
+        "learning_rate": warmed_up(progress, recipe.warmup, peak, recipe.final_learning_rate),
         "weight_decay": cosine(progress, *recipe.weight_decay),
         "momentum": cosine(progress, *recipe.momentum),
         "teacher_temperature": high if progress >= recipe.temperature_warmup else (
@@ -146,19 +138,15 @@ def schedule(recipe: DinoRecipe, progress: float) -> dict[str, float]:
     }
 
 
-class Dino:
-    """One pretraining run: student, teacher, centre, optimiser; a step at a time, resumable."""
+class Dino(Trainer):
+    """One run of `run.pretrain_dino`: student, teacher, centre, optimiser; resumable."""
 
     def __init__(self, images, recipe: DinoRecipe, seed: int = 0, device: str = "cpu",
                  dtype: torch.dtype = torch.float32, compiled: bool = False):
-        """images uint8 [N, H, W, 3]; dtype bfloat16 means autocast. See `run.pretrain_dino`."""
-        self.recipe = recipe = _checked(recipe, images)
-        self.device, self.dtype, self.seed = torch.device(device), dtype, seed
+        super().__init__(images, recipe, seed, device, dtype)
+        recipe, images = self.recipe, torch.as_tensor(images)
         self.budget = ""  # what the schedules run over, for a checkpoint to compare
-        images = torch.as_tensor(images)
         self.content = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()[:16]
-        self.images = images.to(device).permute(0, 3, 1, 2).contiguous()
-        torch.manual_seed(seed)
         backbone = timm.create_model(recipe.architecture, num_classes=0,
                                      **dict(recipe.options), **dict(recipe.local_options))
         _check_sizes(recipe, images, backbone)
@@ -174,14 +162,11 @@ class Dino:
         self.student.to(device, wide)
         self.teacher.to(device, wide)
         self.center = torch.zeros(recipe.n_outputs, device=device, dtype=wide)
-        decayed = [p for p in self.student.parameters() if p.requires_grad and p.ndim > 1]
-        others = [p for p in self.student.parameters() if p.requires_grad and p.ndim <= 1]
-        self.adam = torch.optim.AdamW([dict(params=decayed), dict(params=others, weight_decay=0.0)])
+        self.adam = torch.optim.AdamW(groups_by_decay(self.student))
         rank = dist.get_rank() if dist.is_initialized() else 0
         if rank:  # else all processes would drop the same paths
             torch.manual_seed(seed + 7919 * rank)
         self.generator = torch.Generator(device).manual_seed(seed + 7919 * rank)  # of the crops
-        self.step_count, self.seconds, self.log, self.epoch = 0, 0.0, [], -1
         self.plain = self.student, self.teacher
         if dist.is_initialized():
             self.plain = DistributedDataParallel(self.student), self.teacher
@@ -193,25 +178,9 @@ class Dino:
         """What the run is for: the teacher's."""
         return self.teacher.backbone
 
-    @property
-    def images_seen(self) -> int:
-        return self.step_count * self.recipe.batch_size
-
-    def batch(self) -> torch.Tensor:
-        """The next batch uint8 [B, 3, H, W]: epoch e is a permutation drawn from seed and e."""
-        size, n = self.recipe.batch_size, len(self.images)
-        epoch, place = divmod(self.step_count, n // size)
-        if epoch != self.epoch:  # to the device once an epoch: the host waits at each copy
-            order = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
-            self.epoch, self.order = epoch, torch.randperm(n, generator=order).to(self.device)
-        rows = self.order[place * size:(place + 1) * size]
-        if dist.is_initialized():  # each process its share
-            rows = rows.tensor_split(dist.get_world_size())[dist.get_rank()]
-        return self.images[rows]
-
     def step(self, progress: float, groups: list[torch.Tensor] | None = None) -> torch.Tensor:
         """One update at a share of the budget; `groups` are this process's crops, else drawn."""
-        now = schedule(self.recipe, progress)
+        self.now = now = schedule(self.recipe, progress)
         if groups is None:
             groups = multi_crop(self.batch(), self.recipe, self.generator)
         groups = [group.to(self.center.dtype) for group in groups]
@@ -265,23 +234,6 @@ class Dino:
         self.teacher.backbone.train()
         return {"teacher_entropy": float(-(p * p.clamp(min=1e-12).log()).sum()),
                 "feature_spread": float(features.std(0).mean())}
-
-
-def check_images(images) -> None:
-    """Raises ValueError for what no pretraining takes."""
-    if getattr(images, "ndim", 0) != 4 or images.shape[3] != 3:
-        raise ValueError("Pretraining takes images uint8 [N, H, W, 3] of one size; resize them "
-                         "first.")
-    if len(images) < 2:
-        raise ValueError(f"{len(images)} image is too few to learn from; pass at least 2, and "
-                         f"thousands for features of use.")
-    if "uint8" not in str(images.dtype):
-        raise ValueError(f"The images are {images.dtype}; pass uint8 in [0, 255].")
-
-
-def _checked(recipe: DinoRecipe, images) -> DinoRecipe:
-    check_images(images)
-    return replace(recipe, batch_size=min(recipe.batch_size, len(images)))
 
 
 def _check_sizes(recipe: DinoRecipe, images, backbone: nn.Module) -> None:

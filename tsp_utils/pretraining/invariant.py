@@ -6,7 +6,6 @@ discriminant then finds what stays within the views of an image and differs betw
 
 from collections.abc import Callable, Iterable, Iterator
 
-import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,9 @@ from scipy.linalg import LinAlgError, eigh, get_blas_funcs, helmert
 from scipy.sparse.linalg import eigsh
 from tqdm.auto import tqdm
 
-from tsp_utils.networks.invariant_patches import SIDE, InvariantPatches, normalised_patches
-from tsp_utils.pretraining.dictionary import check_source
+from tsp_utils.networks.invariant_patches import InvariantPatches
+from tsp_utils.networks.patch_kmeans import SIDE, normalised_patches
+from tsp_utils.pretraining.dictionary import check_source, to_float, whitened_atoms
 from tsp_utils.pretraining.multi_crop import random_colors, random_crops
 
 WHITENING, THRESHOLD = 1.0, 0.5
@@ -99,7 +99,7 @@ def _activations_of_views(network, images, n_views: int, generator,
                           at_once: int = 1000) -> Iterator[np.ndarray]:
     """Activations [B, V, P] of each image as it is and of V - 1 views as DINO's, without blur."""
     for start in tqdm(range(0, len(images), at_once), "activations", leave=False):
-        plain = _to_float(images[start : start + at_once])
+        plain = to_float(images[start : start + at_once])
         views = [plain] + [random_colors(random_crops(plain, SIDE, AREA, generator), generator,
                                          blur=0, solarize=0) for _ in range(n_views - 1)]
         yield torch.stack([network.activations(view) for view in views], 1).numpy()
@@ -109,7 +109,7 @@ def _learn_dictionary(images, size: int, n_atoms: int, n_patches: int, generator
     """filters [A, 3 size^2] and offsets [A]: K-means of whitened patches, atoms of length 1."""
     chosen, drawn = torch.randperm(len(images), generator=generator)[:6000], []
     for rows in chosen.split(500):
-        patches = normalised_patches(_to_float(images[rows.numpy()]), size)  # [500, G, 3 size^2]
+        patches = normalised_patches(to_float(images[rows.numpy()]), size)  # [500, G, 3 size^2]
         places = torch.randint(patches.shape[1], (len(rows), -(-n_patches // len(chosen))),
                                generator=generator)
         drawn.append(patches[torch.arange(len(rows))[:, None], places].flatten(0, 1))
@@ -117,19 +117,10 @@ def _learn_dictionary(images, size: int, n_atoms: int, n_patches: int, generator
     if not patches.any():
         raise ValueError(f"Each of the {len(images)} images is of a single colour; pass images "
                          "that show something.")
-    mean = patches.mean(0)
-    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
-    whitener = vectors @ torch.diag((values + WHITENING).rsqrt()) @ vectors.T
-    kmeans = faiss.Kmeans(patches.shape[1], n_atoms, niter=25,
-                          seed=int(torch.randint(2**31, (), generator=generator)),
-                          max_points_per_centroid=len(patches) // n_atoms + 1)
-    kmeans.train(((patches - mean) @ whitener).numpy())
-    filters = F.normalize(torch.from_numpy(kmeans.centroids.copy())) @ whitener
+    mean, whitener, atoms = whitened_atoms(
+        patches, n_atoms, WHITENING, int(torch.randint(2**31, (), generator=generator)))
+    filters = F.normalize(atoms) @ whitener
     return filters, filters @ mean + THRESHOLD
-
-
-def _to_float(images: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def _upper_gram(rows: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A whole pretraining run within a budget: steps, reports, checkpoints, and what ends it."""
+"""A whole run of DINO within a budget: its checkpoints, and what ends it."""
 
 import logging
 import math
@@ -9,47 +9,36 @@ from pathlib import Path
 import torch
 
 from tsp_utils.files.paths import write_whole
-from tsp_utils.pretraining.dino import Dino, DinoRecipe, schedule
+from tsp_utils.pretraining.dino import Dino, DinoRecipe
+from tsp_utils.pretraining.trainer import diverged
 
 logger = logging.getLogger(__name__)
 
 
-def pretrain_dino(images, recipe: DinoRecipe | None = None, *, budget_images: int,
-                  seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32,
-                  compiled: bool = False, checkpoint=None, save_every_s: float = 60,
-                  n_reports: int = 20, callback=None) -> Dino:
+def pretrain_dino(images, recipe: DinoRecipe, *, budget_images: int, checkpoint=None,
+                  save_every_s: float = 60, n_reports: int = 20, callback=None, **options) -> Dino:
     """Train a backbone by DINO within a budget; returns the run (`.teacher.backbone`, `.log`).
 
     Under torchrun with an initialised process group each process takes its share of every batch;
     batch norm then sees the joint batch on CUDA, and its own share elsewhere.
 
     images uint8 [N, H, W, 3], without labels. The budget is images seen; schedules run over it.
+    Options (seed, device, dtype, compiled) are `Dino`'s.
     `checkpoint` names a file that is resumed from if it is there and saved to every
     save_every_s seconds. `callback(run, entry)` is called n_reports times, for read-outs. A
     collapse (teacher's mean output or features without spread) is a logged warning.
     Raises ValueError for a budget of 0, too few or too small images, a checkpoint of other
     settings; RuntimeError for a run that diverged.
     """
-    recipe = recipe or DinoRecipe()
-    if budget_images < 1:
-        raise ValueError("The budget is empty; pass budget_images of at least 1.")
-    run = Dino(images, recipe, seed, device, dtype, compiled)
+    run = Dino(images, recipe, **options)
     run.budget = f"{budget_images} images"
     if checkpoint is not None and Path(checkpoint).exists():
         load_run(run, checkpoint)
-    saved = start = time.perf_counter()
-    earlier = run.seconds
-    while (at := run.images_seen / budget_images) < 1:
-        loss = run.step(at)
-        run.seconds = earlier + time.perf_counter() - start
-        share = run.images_seen / budget_images
-        if share * n_reports >= len(run.log) + 1 or share >= 1:
-            if not loss.isfinite():
-                raise diverged(run.images_seen)
-            entry = {"images_seen": run.images_seen, "seconds": round(run.seconds, 1),
-                     "loss": float(loss), **run.health(), **schedule(recipe, at)}
+    saved = time.perf_counter()
+    for entry in run.steps(budget_images, n_reports):
+        if entry:
+            entry.update(**run.health(), **run.now)
             _warn_of_collapse(entry, recipe)
-            run.log.append(entry)
             if callback is not None:
                 callback(run, entry)
         if checkpoint is not None and time.perf_counter() - saved > save_every_s:
@@ -58,12 +47,6 @@ def pretrain_dino(images, recipe: DinoRecipe | None = None, *, budget_images: in
     if checkpoint is not None:
         save_run(run, checkpoint)
     return run
-
-
-def diverged(images_seen: int) -> RuntimeError:
-    return RuntimeError(f"The run diverged: after {images_seen:,} images loss or weights are not "
-                        f"finite; lower learning_rate. The last good checkpoint, if there is one, "
-                        f"was kept.")
 
 
 def _warn_of_collapse(entry: dict, recipe: DinoRecipe) -> None:
