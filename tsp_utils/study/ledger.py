@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from tsp_utils.cache import hash_of
 from tsp_utils.files.paths import IS_CLONE
 from tsp_utils.study import staleness
 from tsp_utils.study.claims import CLAIMS, Claim, claim_of
@@ -122,7 +123,7 @@ def _stamp(study, notebook: str) -> dict:
     if path is None:
         raise ValueError(f"There is no notebook {notebook} in {staleness.NOTEBOOKS}; pass the "
                          f"number that its file begins with.")
-    return {"study": repr(study), "notebook": staleness.notebook_hash(path, study)}
+    return {"study": repr(study), "notebook": hash_of(staleness.parts_of(path, study))}
 
 
 def table_of(cells: Sequence[Evidence]) -> pd.DataFrame:
