@@ -96,9 +96,8 @@ def read_evidence(study, claims: Sequence[Claim] = CLAIMS) -> list[Evidence]:
     this study's, or of a notebook that has changed since (it, or what it calls and reads).
     """
     ids = [claim.id for claim in claims]
-    records = {path: json.loads(path.read_text())
-               for path in sorted((study.run_dir / "claims").glob("*.json"))}
-    records = {path: record for path, record in records.items() if record["claim"] in ids}
+    records = {path: record for path in sorted((study.run_dir / "claims").glob("*.json"))
+               if (record := json.loads(path.read_text()))["claim"] in ids}
     again = f"run make reproduce PROFILE={study.profile.partition('+')[0]}"
     if not records:
         raise FileNotFoundError(f"There is no evidence of {study.profile} yet; {again} first.")
@@ -159,8 +158,7 @@ def to_markdown(table: pd.DataFrame) -> str:
     lines = ["| claim | d, in points | backbone, target, protocol | n | mean [95 %] | p (Holm) | "
              "verdict |", "|---|---|---|---|---|---|---|"]
     for (_, row), adjusted in zip(table.iterrows(), holm(table["p"]), strict=True):
-        claim = claim_of(row["id"])
-        tested = np.isfinite(row["mean"])
+        claim, tested = claim_of(row["id"]), np.isfinite(row["mean"])
         numbers = f"{row['mean']:+.2f}"
         numbers += f" [{row['low']:+.2f}, {row['high']:+.2f}]" if np.isfinite(row["low"]) else ""
         p = f"{_p(row['p'])} ({_p(adjusted)})" if np.isfinite(row["p"]) else ""
