@@ -152,13 +152,11 @@ def _reached(given, names: set, data: dict | None = None, registries: bool = Fal
         elif (function := _function(value)) is not None:
             if id(function) in texts or function.__module__ in SHAPES_NOTHING:
                 return
-            kept.append(function)
             trees, text = _syntax(function)
             texts[id(function)] = f"{function.__qualname__}: {text}"
             called, used = _uses(function, trees)
-            new = called - names
-            names.update(new)
-            if new:  # classes and modules that were met before may have methods of these names
+            if called - names:  # classes that were met before may have methods of these names
+                names.update(called)
                 waiting.extend(classes)
             for name, item in used.items():
                 if _is_plain(item):

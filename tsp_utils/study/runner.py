@@ -166,14 +166,14 @@ class _Execution:
 
     def _keep(self) -> None:
         """The executed copy with its hash and what it left; what earlier ones left goes."""
-        about = staleness.about_of(self.partial)
+        notebook = json.loads(self.partial.read_text(encoding="utf-8"))
+        about = notebook["metadata"].get("tsp", {})
         now = staleness.data_stamps(about, self.study)  # with what was downloaded meanwhile
         data = {name: now[name] if stamp[0] == 0 else stamp
                 for name, stamp in self.parts["data"].items()}
         noted = _lines(self.noted)
         left = {name: staleness.sha256_of(self.study.run_dir / name)
                 for name in dict.fromkeys(noted[self.n_noted:])}
-        notebook = json.loads(self.partial.read_text(encoding="utf-8"))
         notebook["metadata"]["tsp"] = about | {"left": left,
                                                "hash": hash_of(self.parts | {"data": data})}
         self.partial.write_text(json.dumps(notebook, indent=1), encoding="utf-8")

@@ -26,9 +26,11 @@ from tsp_utils.study.feature_sets import FeatureSet
 
 logger = logging.getLogger(__name__)
 
-# Of a study's settings, what shapes a head; K-means is shaped by the scaling alone.
-HEAD_SETTINGS = ("scaling", "n_neighbors", "metric", "weighting", "init", "row_norm", "n_hidden",
-                 "entropy_weight", "max_epochs", "min_steps", "batch_size", "learning_rate")
+# Of a study's settings, what shapes K-means, and what shapes a head.
+KMEANS_SETTINGS = ("scaling",)
+HEAD_SETTINGS = (*KMEANS_SETTINGS, "n_neighbors", "metric", "weighting", "init", "row_norm",
+                 "n_hidden", "entropy_weight", "max_epochs", "min_steps", "batch_size",
+                 "learning_rate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +135,8 @@ def fit_kmeans(study, fit: FeatureSet) -> tuple[np.ndarray, Scaler]:
     """K-means centres [S, C, D] of the scaled features, all seeds (cached), and the scaler."""
     scaler = Scaler(study.scaling).fit(fit.features)
     arrays, _ = cache.seeds(
-        "kmeans", f"{fit.dataset}_{fit.backbone}", _inputs(settings_of(study, fit), ["scaling"]),
+        "kmeans", f"{fit.dataset}_{fit.backbone}",
+        _inputs(settings_of(study, fit), KMEANS_SETTINGS),
         [kmeans, Scaler.fit, Scaler.transform], study.seeds,
         lambda seeds: {"centers": kmeans(scaler.transform(fit.features), fit.n_clusters, seeds,
                                          device=find_device()).centers})
