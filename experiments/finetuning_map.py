@@ -44,14 +44,9 @@ RUNS = [
 ]
 
 
-def icbpl(head, x, neighbor_x, view_x, progress):
-    """`ICBPLHeads.loss` on features [1, B, D]."""
-    return head.loss(x, neighbor_x, view_x, progress)
-
-
 # The loss, the head's rate (as the heads were trained before) and how neighbours are drawn.
 LOSSES = {"tsp": dict(loss=eq5, head_learning_rate=1e-4),
-          "icbpl": dict(loss=icbpl, head_learning_rate=1e-3, weighting="uniform")}
+          "icbpl": dict(loss=ICBPLHeads.loss, head_learning_rate=1e-3, weighting="uniform")}
 
 
 def augmented(images: np.ndarray, backbone: Backbone, seed: int) -> torch.Tensor:
@@ -108,8 +103,8 @@ def run_finetuning_map(backbone_name: str = "vit_nano_cpu", runs=None) -> Path:
 def code_of_the_map() -> str:
     """The key of the code behind a record."""
     return cache.code_of(train_together, *WEIGHTINGS.values(), starting_heads, head_of, _tokens,
-                         _run, LastBlocks, eq5, icbpl, RIVALS["tsp"].loss, ICBPLHeads, Backbone,
-                         Scaler.fit, Scaler.transform)
+                         _run, LastBlocks, eq5, RIVALS["tsp"].loss, ICBPLHeads, ICBPLHeads.loss,
+                         Backbone, Scaler.fit, Scaler.transform)
 
 
 def starting_heads(scaled: np.ndarray, n_clusters: int) -> dict[str, list]:
