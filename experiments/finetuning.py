@@ -3,6 +3,7 @@
 Labels are read by the read-outs alone. Notebook 06 draws the committed records.
 """
 
+import copy
 import logging
 import time
 from pathlib import Path
@@ -65,7 +66,7 @@ def run_finetuning(backbone_name: str = "vit_nano_cpu") -> Path:
             def make(variant=variant, seed=seed, options=options) -> dict:
                 images = target.images
                 if variant == SOURCE_TOO:
-                    images = np.concatenate([images, _source_images()])
+                    images = np.concatenate([images, source_images()])
                 return _run(backbone, starts, seed, images, test, scaler.scale_, options,
                             keep_map=variant == "1e-4" and seed == 0)
 
@@ -82,7 +83,7 @@ def code_of_the_runs() -> str:
                          Scaler.fit, Scaler.transform)
 
 
-def _source_images() -> np.ndarray:
+def source_images() -> np.ndarray:
     """Images of the backbone's own pretraining set, drawn once: uint8 [N, 32, 32, 3]."""
     source = load_dataset("tinyimagenet32", "train")
     return source.subset(draw_rows(len(source), N_IMAGES)).images
@@ -96,23 +97,34 @@ def _starting_heads(scaled, n_clusters: int) -> LinearHeads:
     return heads
 
 
-def _run(backbone, starts, seed, images, test: ImageDataset, scale, options, keep_map) -> dict:
-    head = LinearHeads(starts.weight[seed : seed + 1].detach(), [seed])
-    head.bias.data = starts.bias[seed : seed + 1].detach().clone()
-    epochs, chosen = [], draw_rows(len(test), MAP_POINTS)
-    vectors = {}
+def head_of(heads: LinearHeads, seed: int) -> LinearHeads:
+    """A copy of one seed's head, which can be trained alone."""
+    one = copy.deepcopy(heads)
+    one.weight.data = heads.weight.detach()[seed : seed + 1].clone()
+    one.bias.data = heads.bias.detach()[seed : seed + 1].clone()
+    one.seeds = (seed,)
+    return one
 
-    def read_out(epoch, network, head):
+
+def read_out(epoch: int, x: np.ndarray, head: LinearHeads, labels: np.ndarray) -> dict:
+    """What one head and its scaled features x [N, D] are worth after an epoch, in percent."""
+    clusters = head.predict(x)[0]
+    consistency = label_consistency(nearest_neighbors(x, 20), labels)[-1]
+    scores = clustering_metrics(labels, clusters) | {"consistency": float(consistency)}
+    return {"epoch": epoch, "n_nonempty": len(set(clusters.tolist()))} | {
+        name: round(100 * value, 3) for name, value in scores.items()}
+
+
+def _run(backbone, starts, seed, images, test: ImageDataset, scale, options, keep_map) -> dict:
+    epochs, vectors, chosen = [], {}, draw_rows(len(test), MAP_POINTS)
+
+    def keep(epoch, network, head):
         x = extract_features(network, test.images, progress=False) * np.float32(scale)
-        clusters = head.predict(x)[0]
-        consistency = label_consistency(nearest_neighbors(x, 20), test.labels)[-1]
-        scores = clustering_metrics(test.labels, clusters) | {"consistency": float(consistency)}
-        epochs.append({"epoch": epoch, "n_nonempty": len(set(clusters.tolist()))}
-                      | {name: round(100 * value, 3) for name, value in scores.items()})
+        epochs.append(read_out(epoch, x, head, test.labels))
         vectors["before" if epoch == 0 else "after"] = x[chosen].astype(np.float16)
 
     start = time.perf_counter()
-    finetune(backbone, head, images, scale=scale, callback=read_out, **options)
+    finetune(backbone, head_of(starts, seed), images, scale=scale, callback=keep, **options)
     if keep_map:
         save_file(vectors | {"labels": test.labels[chosen].astype(np.uint8)},
                   bundled_dir() / "readouts" / "finetuning_map.safetensors")

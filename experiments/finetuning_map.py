@@ -12,17 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.finetuning import N_IMAGES, N_SEEDS
+from experiments.finetuning import N_IMAGES, N_SEEDS, head_of, read_out, source_images
 from tsp_utils import cache
 from tsp_utils.backbones import Backbone, load_backbone
 from tsp_utils.cache import versions
 from tsp_utils.datasets import load_dataset
 from tsp_utils.devices import hardware
 from tsp_utils.files.paths import bundled_dir, write_lines
-from tsp_utils.heads import LinearHeads
 from tsp_utils.k_means import kmeans
-from tsp_utils.metrics import clustering_metrics
-from tsp_utils.neighbors import WEIGHTINGS, label_consistency, nearest_neighbors
+from tsp_utils.neighbors import WEIGHTINGS, nearest_neighbors
 from tsp_utils.networks.weights import attention
 from tsp_utils.pretraining.multi_crop import random_colors, random_crops
 from tsp_utils.scaling import Scaler
@@ -46,14 +44,9 @@ RUNS = [
 ]
 
 
-def icbpl(head, x, neighbor_x, view_x, progress):
-    """`ICBPLHeads.loss` on features [1, B, D]."""
-    return head.loss(x, neighbor_x, view_x, progress)
-
-
 # The loss, the head's rate (as the heads were trained before) and how neighbours are drawn.
 LOSSES = {"tsp": dict(loss=eq5, head_learning_rate=1e-4),
-          "icbpl": dict(loss=icbpl, head_learning_rate=1e-3, weighting="uniform")}
+          "icbpl": dict(loss=ICBPLHeads.loss, head_learning_rate=1e-3, weighting="uniform")}
 
 
 def augmented(images: np.ndarray, backbone: Backbone, seed: int) -> torch.Tensor:
@@ -77,9 +70,7 @@ def run_finetuning_map(backbone_name: str = "vit_nano_cpu", runs=None) -> Path:
     with attention(fused=torch.cuda.is_available()):
         backbone = load_backbone(backbone_name)
     images, test = load_dataset("cifar10", "train"), load_dataset("cifar10", "test")
-    images = images.subset(draw_rows(len(images), N_IMAGES))
-    source = load_dataset("tinyimagenet32", "train")
-    source = source.subset(draw_rows(len(source), N_IMAGES)).images
+    images, source = images.subset(draw_rows(len(images), N_IMAGES)), source_images()
     raw = LastBlocks(backbone, 0)
     raw = raw.features(raw.tokens(backbone.prepare(images.images)))
     scaler = Scaler().fit(raw)
@@ -111,9 +102,9 @@ def run_finetuning_map(backbone_name: str = "vit_nano_cpu", runs=None) -> Path:
 
 def code_of_the_map() -> str:
     """The key of the code behind a record."""
-    return cache.code_of(train_together, *WEIGHTINGS.values(), starting_heads, _of_seed, _tokens,
-                         _run, LastBlocks, eq5, icbpl, RIVALS["tsp"].loss, ICBPLHeads, Backbone,
-                         Scaler.fit, Scaler.transform)
+    return cache.code_of(train_together, *WEIGHTINGS.values(), starting_heads, head_of, _tokens,
+                         _run, LastBlocks, eq5, RIVALS["tsp"].loss, ICBPLHeads, ICBPLHeads.loss,
+                         Backbone, Scaler.fit, Scaler.transform)
 
 
 def starting_heads(scaled: np.ndarray, n_clusters: int) -> dict[str, list]:
@@ -124,16 +115,8 @@ def starting_heads(scaled: np.ndarray, n_clusters: int) -> dict[str, list]:
     for loss, how in LOSSES.items():
         heads, _ = train_rival(loss, scaled, neighbors, centers, seeds, n_steps=3900,
                                learning_rate=how["head_learning_rate"], progress=False)
-        starts[loss] = [_of_seed(heads, seed) for seed in seeds]
+        starts[loss] = [head_of(heads, seed) for seed in seeds]
     return starts
-
-
-def _of_seed(heads: LinearHeads, seed: int) -> LinearHeads:
-    one = copy.deepcopy(heads)
-    one.weight.data = heads.weight.detach()[seed : seed + 1].clone()
-    one.bias.data = heads.bias.detach()[seed : seed + 1].clone()
-    one.seeds = (seed,)
-    return one
 
 
 def _tokens(tail: LastBlocks, images: np.ndarray, test: np.ndarray) -> tuple:
@@ -146,16 +129,12 @@ def _tokens(tail: LastBlocks, images: np.ndarray, test: np.ndarray) -> tuple:
 def _run(tail, head, labels, loss, scale, rate, tokens, views, test_tokens) -> dict:
     epochs = []
 
-    def read_out(epoch, tail, head):
+    def keep(epoch, tail, head):
         x = tail.features(test_tokens) * np.float32(scale)
-        clusters = head.predict(x)[0]
-        consistency = label_consistency(nearest_neighbors(x, 20), labels)[-1]
-        scores = clustering_metrics(labels, clusters) | {"consistency": float(consistency)}
-        epochs.append({"epoch": epoch, "n_nonempty": len(set(clusters.tolist()))}
-                      | {name: round(100 * value, 3) for name, value in scores.items()})
+        epochs.append(read_out(epoch, x, head, labels))
 
     start = time.perf_counter()
     train_together(tail, head, tokens, views=views if loss == "icbpl" else None, scale=scale,
-                   learning_rate=rate, callback=read_out, **LOSSES[loss])
+                   learning_rate=rate, callback=keep, **LOSSES[loss])
     return {"epochs": epochs, "seconds": round(time.perf_counter() - start, 1),
             "hardware": hardware(tail.device.type), "versions": versions()}

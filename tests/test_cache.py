@@ -116,6 +116,17 @@ def test_imports_where_they_are_used_and_replacements_count(toy, monkeypatch):
     assert both_codes(module)[1] != called_with
 
 
+def test_a_librarys_function_is_no_code_of_ours_by_whichever_door_it_comes(toy):
+    """Else keys would hang on the order in which names are met, and on versions of libraries."""
+    module = toy("from toy_package.other import imported_late\n",
+                 "from toy_package import other\n    imported_late = other.dedent\n",
+                 other=f"from textwrap import dedent\n{OTHER}")
+    with mock.patch.object(keys, "_digest", return_value="") as digest:
+        code_of(module.called)
+    names = {text.split(":")[0] for text in digest.call_args[0][0].values()}
+    assert {"called", "helper"} <= names and "dedent" not in names
+
+
 def test_code_without_source_counts_by_its_code_object():
     def made(text):
         scope = {}

@@ -10,7 +10,8 @@ import torch
 
 import experiments.finetuning as finetuning_runs
 from experiments import finetuning_map
-from experiments.finetuning_map import LOSSES, RUNS, _of_seed, augmented
+from experiments.finetuning import head_of
+from experiments.finetuning_map import LOSSES, RUNS, augmented
 from tsp_utils import LinearHeads, init_heads, load_dataset, scale_features
 from tsp_utils.backbones import load_backbone
 from tsp_utils.features import extract_features
@@ -145,7 +146,7 @@ def test_one_block_learns_as_in_finetune(start):
 @pytest.mark.parametrize("n, moves", [(0, False), (2, True)])
 def test_frozen_moves_the_head_alone_and_the_backbone_never(start, n, moves):
     centers = init_heads(start.features, 5, seeds=[0, 1]).weight.detach().numpy()
-    head = _of_seed(ICBPLHeads(centers, [0, 1]), 1)
+    head = head_of(ICBPLHeads(centers, [0, 1]), 1)
     assert head.seeds == (1,) and head.weight.shape[0] == 1
     tail, own = LastBlocks(start.backbone, n), copy.deepcopy(head)
     tokens = tail.tokens(start.backbone.prepare(IMAGES))

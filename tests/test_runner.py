@@ -376,11 +376,14 @@ def test_kernels_find_package_and_folders_from_where_they_work(folder, monkeypat
     """Kernels start in the notebooks' folder, so that a relative TSP_CACHE would be another."""
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("TSP_CACHE", "my_cache")
-    for _ in range(2):
-        ran(folder)
-    assert os.environ["TSP_CACHE"] == str(folder.parent / "my_cache")
-    paths = os.environ["PYTHONPATH"].split(os.pathsep)
-    assert paths[0] == str(runner.REPOSITORY) and len(paths) == len(set(paths)) == 2
+    said = folder.parent / "environment.json"
+    write(folder, "00_a", "import json, os, pathlib\n"
+          f"pathlib.Path({str(said)!r}).write_text(json.dumps(dict(os.environ)))")
+    assert ran(folder) == ["00_a"]
+    found = json.loads(said.read_text())
+    assert found["TSP_CACHE"] == str(folder.parent / "my_cache")
+    paths = found["PYTHONPATH"].split(os.pathsep)
+    assert paths == [str(runner.REPOSITORY), str(folder.parent / "pythonpath")]
 
 
 # What is said meanwhile.

@@ -159,15 +159,13 @@ def locked(path: Path):
     Where a folder cannot be written there is nothing to lock: what it holds is read.
     """
     lock = FileLock(path.with_name(f"{path.name}.lock"))
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=1)
         except Timeout:
             logger.warning("Another process makes %s; waiting for it.", path.name)
             lock.acquire()
-    except OSError:
-        pass
     try:
         yield
     finally:

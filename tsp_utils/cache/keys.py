@@ -147,23 +147,22 @@ def _reached(given, names: set, data: dict | None = None, registries: bool = Fal
         elif isinstance(value, types.ModuleType):
             if _is_own(_root(value)) and value.__name__ not in SHAPES_NOTHING:
                 there = vars(value).keys() | set(getattr(value, "__all__", ()))  # or loaded lazily
-                waiting.extend(getattr(value, name) for name in names & there)
+                members = (getattr(value, name) for name in names & there)
+                waiting.extend(filter(_may_be_own, members))
         elif (function := _function(value)) is not None:
             if id(function) in texts or function.__module__ in SHAPES_NOTHING:
                 return
-            kept.append(function)
             trees, text = _syntax(function)
             texts[id(function)] = f"{function.__qualname__}: {text}"
             called, used = _uses(function, trees)
-            new = called - names
-            names.update(new)
-            if new:  # classes and modules that were met before may have methods of these names
+            if called - names:  # classes that were met before may have methods of these names
+                names.update(called)
                 waiting.extend(classes)
             for name, item in used.items():
                 if _is_plain(item):
                     texts[name, repr(item)] = f"{name} = {_text_of(item)}"
                     continue
-                if _is_own(_root(item)) or isinstance(item, dict | list | tuple):
+                if _may_be_own(item):
                     waiting.append(item)
                 is_code = isinstance(item, types.ModuleType | type) or _function(item) is not None
                 if data is not None and not is_code and _root(function) != PACKAGE and (
@@ -195,9 +194,12 @@ CALLED_UNNAMED = {"__init__", "__post_init__", "__call__", "__getitem__", "__len
 def _root(value) -> str:
     """Top-level package of what defines a value; "" where nobody says."""
     name = value.__name__ if isinstance(value, types.ModuleType) else getattr(
-        value if isinstance(value, type) or _function(value) is None else _function(value),
-        "__module__", None) or getattr(type(value), "__module__", "")
+        _function(value) or value, "__module__", None) or getattr(type(value), "__module__", "")
     return (name or "").partition(".")[0]
+
+
+def _may_be_own(value) -> bool:
+    return isinstance(value, dict | list | tuple | functools.partial) or _is_own(_root(value))
 
 
 @functools.lru_cache
@@ -210,33 +212,24 @@ def _is_own(root: str) -> bool:
 
 def _function(value):
     """The plain function inside a method, property, wrapper or cache; None for anything else."""
-    for _ in range(20):
-        if isinstance(value, types.FunctionType):
-            inner = getattr(value, "__wrapped__", None)
-            if not isinstance(inner, types.FunctionType):
-                return value
-            value = inner
-        elif isinstance(value, property):
-            value = value.fget
-        elif isinstance(value, functools.cached_property):
-            value = value.func
-        elif isinstance(value, types.ModuleType | type):
+    for _ in range(20):  # an object may answer to every name, without end
+        if isinstance(value, types.ModuleType | type):
             return None
-        else:
-            value = getattr(value, "__func__", None) or getattr(value, "__wrapped__", None)
+        inner = (value.fget if isinstance(value, property) else
+                 value.func if isinstance(value, functools.cached_property) else
+                 getattr(value, "__func__", None) or getattr(value, "__wrapped__", None))
+        if isinstance(value, types.FunctionType) and not isinstance(inner, types.FunctionType):
+            return value
+        value = inner
     return None
 
 
 def _uses(function, trees) -> tuple[set, dict]:
     """Names that a function mentions or calls as attributes, and its globals among them."""
-    names, used = set(), {}
-    code, waiting = function.__code__, [function.__code__]
-    while waiting:
-        code = waiting.pop()
-        names.update(code.co_names)
-        waiting += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    used |= {name: function.__globals__[name] for name in names & function.__globals__.keys()}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+    code = function.__code__
+    names = {name for part in _parts(code) for name in part.co_names}
+    used = {name: function.__globals__[name] for name in names & function.__globals__.keys()}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # not bound yet
             used[name] = cell.cell_contents
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
@@ -247,55 +240,57 @@ def _uses(function, trees) -> tuple[set, dict]:
 
 
 @functools.lru_cache(maxsize=256)
-def _variables(code) -> frozenset:
+def _variables(code) -> set:
     """Names that code loads as variables of its module or closure, not as attributes."""
-    found = {step.argval for step in dis.get_instructions(code)
-             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLOSURE")}
-    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return frozenset(found.union(code.co_freevars, *map(_variables, inner)))
+    loads = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLOSURE")
+    return {name for part in _parts(code) for name in (*part.co_freevars, *(
+        step.argval for step in dis.get_instructions(part) if step.opname in loads))}
 
 
-def _syntax(function) -> tuple[list, str]:
+def _parts(code):
+    """A code object, and those of the functions inside it."""
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _parts(const)
+
+
+def _syntax(function) -> tuple[tuple, str]:
     """A function's syntax trees and their text, or none and the text of its code object.
 
     The tree is used where it is the code that runs: not where there is no source, and not where a
     file was edited after it was imported.
     """
     code = function.__code__
-    running, trees = _trees(code.co_filename).get((code.co_name, code.co_firstlineno), (None, []))
-    return (trees, _text_of_trees(code)) if running == code else ([], _text_of_code(code))
+    linecache.checkcache(code.co_filename)
+    source = "".join(linecache.getlines(code.co_filename))
+    running, trees = _trees_of(source, code.co_filename).get(
+        (code.co_name, code.co_firstlineno), (None, ()))
+    return (trees, _text_of_trees(trees)) if running == code else ((), _text_of_code(code))
 
 
 @functools.lru_cache(maxsize=4096)
-def _text_of_trees(code) -> str:
-    _, trees = _trees(code.co_filename)[code.co_name, code.co_firstlineno]
-    return _text_of_tree(trees)
-
-
-def _trees(filename: str) -> dict:
-    """(name, first line) -> syntax tree, code object and text of each function of a file."""
-    linecache.checkcache(filename)
-    return _trees_of("".join(linecache.getlines(filename)), filename)
+def _text_of_trees(trees: tuple) -> str:
+    return _text_of_tree([*trees])
 
 
 @functools.lru_cache(maxsize=256)
 def _trees_of(source: str, filename: str) -> dict:
+    """(name, first line) -> code object, syntax trees (of a line several lambdas) in a file."""
     try:
         module = ast.parse(source)
-        waiting, codes = [compile(source, filename, "exec", dont_inherit=True)], {}
+        code = compile(source, filename, "exec", dont_inherit=True)
     except (SyntaxError, ValueError):
         return {}
-    while waiting:
-        code = waiting.pop()
-        codes[code.co_name, code.co_firstlineno] = code
-        waiting += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    codes = {(part.co_name, part.co_firstlineno): part for part in _parts(code)}
     found = {}
     for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
             place = getattr(node, "name", "<lambda>"), first
             if place in codes:
-                found.setdefault(place, (codes[place], []))[1].append(node)  # lambdas of a line
+                _, others = found.get(place, (None, ()))
+                found[place] = codes[place], (*others, node)
     return found
 
 

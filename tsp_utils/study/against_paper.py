@@ -58,22 +58,16 @@ def compare(study) -> pd.DataFrame:
     `outside` says that the 95 % interval lies wholly beyond one point. Where K-means agrees and
     the head does not, the departure is in the head; where K-means already departs, before it.
     """
-    ours = table_1(study).query("scored == 'test'")
-    rows = []
-    for stage, method in (("K-means", "k-means"), ("head", "head")):
-        for _, row in ours[ours["method"] == method].iterrows():
-            name = ROWS[stage].get(row["backbone"])
-            paper = next((p for p in TABLE_1 if (p.method, p.dataset) == (name, row["dataset"])),
-                         None)
-            if paper is None:
-                continue
-            difference, low, high = welch_interval(
-                row["acc_mean"], row["acc_std"], row["n"], paper.acc, paper.acc_std, paper.n)
-            rows.append(dict(stage=stage, target=row["dataset"], backbone=row["backbone"],
-                             protocol=row["protocol"], ours=row["acc_mean"],
-                             ours_std=row["acc_std"], n=row["n"], paper=paper.acc,
-                             paper_std=paper.acc_std, difference=difference, low=low, high=high,
-                             outside=bool(low > 1 or high < -1)))
+    ours, rows = table_1(study).query("scored == 'test'"), []
+    for stage, paper_names in ROWS.items():
+        for row in ours[ours["method"] == stage.lower()].itertuples():
+            name = paper_names.get(row.backbone), row.dataset
+            for paper in (p for p in TABLE_1 if (p.method, p.dataset) == name):
+                difference, low, high = welch_interval(
+                    row.acc_mean, row.acc_std, row.n, paper.acc, paper.acc_std, paper.n)
+                rows.append((stage, row.dataset, row.backbone, row.protocol, row.acc_mean,
+                             row.acc_std, row.n, paper.acc, paper.acc_std, difference, low, high,
+                             bool(low > 1 or high < -1)))
     return pd.DataFrame(rows, columns=["stage", "target", "backbone", "protocol", "ours",
                                        "ours_std", "n", "paper", "paper_std", "difference", "low",
                                        "high", "outside"])

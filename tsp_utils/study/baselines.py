@@ -18,6 +18,7 @@ KMEANS = ("K-means, one start", "K-means, 20 starts", "K-means, unit length",
 MIXTURE = "Gaussian mixture, full covariances"
 REDUCED = ("K-means, 32 principal axes", "Gaussian mixture, 32 principal axes")
 SPECTRAL = "spectral, 20 neighbours"
+METHODS = (*KMEANS, MIXTURE, *REDUCED, SPECTRAL)
 
 
 def run_baseline(study, fit: FeatureSet, score: FeatureSet, method: str) -> pd.DataFrame:
@@ -27,9 +28,9 @@ def run_baseline(study, fit: FeatureSet, score: FeatureSet, method: str) -> pd.D
     Raises ValueError for an unknown method, and for spectral clustering, which cannot place images
     that it was not fitted on, where `score` is another feature set than `fit`.
     """
-    if method not in (*KMEANS, MIXTURE, *REDUCED, SPECTRAL):
+    if method not in METHODS:
         raise ValueError(f"The clusterer {method!r} is not known; pass one of "
-                         f"{', '.join((*KMEANS, MIXTURE, *REDUCED, SPECTRAL))}.")
+                         f"{', '.join(METHODS)}.")
     if method == SPECTRAL and score.fingerprint != fit.fingerprint:
         raise ValueError("Spectral clustering only clusters the images that it is fitted on; pass "
                          "the same feature set as fit and score.")

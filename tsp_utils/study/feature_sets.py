@@ -8,7 +8,11 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
+from tsp_utils.backbones import BACKBONES, load_backbone
+from tsp_utils.datasets import DATASETS, load_dataset
+from tsp_utils.features import cached_features
 from tsp_utils.files.paths import IS_CLONE, bundled_dir, data_dir, write_whole
 
 
@@ -46,8 +50,6 @@ def vectors_path(dataset: str, backbone: str, split: str = "test") -> Path:
 
 def load_vectors(dataset: str, backbone: str, split: str = "test") -> FeatureSet:
     """Bundled vectors (fp16 on disk). Raises FileNotFoundError where none ship."""
-    from safetensors import safe_open
-
     path = vectors_path(dataset, backbone, split)
     if not path.exists():
         raise FileNotFoundError(f"No vectors of {dataset} under {backbone} are bundled; run the "
@@ -69,8 +71,6 @@ def take_in_vectors(file: str | Path) -> tuple[Path, dict[str, str]]:
     Raises ValueError for a file that is damaged or not what its card says, FileExistsError where
     other vectors are in its place.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         content = Path(file).read_bytes()
         with safe_open(file, "np") as opened:
@@ -78,8 +78,7 @@ def take_in_vectors(file: str | Path) -> tuple[Path, dict[str, str]]:
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         card, arrays = {}, None
-    fault = next(_faults(arrays, card), None)
-    if fault is not None:
+    if fault := next(_faults(arrays, card), ""):
         raise ValueError(f"{file} is not taken in: {fault}; make paper-vectors writes one that is.")
     path = vectors_path(card["dataset"], card["backbone"], card["split"])
     if path.exists() and path.read_bytes() != content:
@@ -90,9 +89,6 @@ def take_in_vectors(file: str | Path) -> tuple[Path, dict[str, str]]:
 
 def _faults(arrays: dict[str, np.ndarray] | None, card: dict[str, str]):
     """What is wrong with vectors from elsewhere: the first is what the others rely on."""
-    from tsp_utils.backbones import BACKBONES
-    from tsp_utils.datasets import DATASETS
-
     if arrays is None:
         yield "it is missing, cut off, or no safetensors file"
     dataset, split, backbone = (card.get(key, "") for key in ("dataset", "split", "backbone"))
@@ -122,10 +118,7 @@ def _faults(arrays: dict[str, np.ndarray] | None, card: dict[str, str]):
         yield "its card lacks the SHA-256 of the file of weights"
 
 
-@lru_cache(maxsize=4)
-def _backbone(name: str):
-    from tsp_utils.backbones import load_backbone
-    return load_backbone(name)
+_backbone = lru_cache(maxsize=4)(load_backbone)
 
 
 def load_images(dataset: str, split: str, n_images: int | None = None):
@@ -138,8 +131,6 @@ def load_images(dataset: str, split: str, n_images: int | None = None):
 
 @lru_cache(maxsize=2)  # a notebook asks for the same two splits again and again
 def _load_images(dataset: str, split: str, n_images: int | None, root: Path):
-    from tsp_utils.datasets import load_dataset
-
     images = load_dataset(dataset, split, root)
     if images.labels is None:
         raise ValueError(f"{dataset} has no labels, and this study scores clusters against them; "
@@ -159,7 +150,5 @@ def draw_rows(n: int, n_rows: int) -> np.ndarray:
 
 def extract(backbone: str, images) -> FeatureSet:
     """Features of an `ImageDataset`, through the cache."""
-    from tsp_utils.features import cached_features
-
     return FeatureSet(images.name, images.split, backbone,
                       cached_features(_backbone(backbone), images), images.labels, images.classes)

@@ -4,7 +4,6 @@ One row a method and seed. `python -m experiments heads` writes the records that
 reads them, and runs a few seeds itself.
 """
 
-import time
 from functools import cached_property
 from itertools import product
 
@@ -95,36 +94,30 @@ def tune(data: FeaturesToCluster, method: str) -> pd.DataFrame:
 
 
 def _trained(data: FeaturesToCluster, method: str, seeds, **settings) -> dict:
-    """Weights, loss, clusters in use on the fitted images and seconds, by seed; cached."""
+    """Weights, loss and clusters in use on the fitted images, by seed; cached."""
     def make(seeds) -> dict:
-        start = time.perf_counter()
         heads, loss = data.train(method, seeds, **settings)
-        seconds = (time.perf_counter() - start) / len(seeds)
+        used = np.array([len(np.unique(row)) for row in heads.predict(data.fitted)])
         return {f"state_{name}": value.detach().numpy()
-                for name, value in heads.named_parameters()} | {
-            "loss": loss, "used": np.array([len(np.unique(row))
-                                            for row in heads.predict(data.fitted)]),
-            "seconds": np.full(len(seeds), seconds)}
+                for name, value in heads.named_parameters()} | {"loss": loss, "used": used}
 
     return data.cached(method, settings, seeds, make)
 
 
 def run_head(data: FeaturesToCluster, method: str, **options) -> dict:
     """One trained method, all seeds, at its tuned settings: clusters [S, N] of the scored images,
-    loss [S], seconds. options go to the head (ICBPL's weights; the full loss's tuning stays)."""
+    loss [S]. options go to the head (ICBPL's weights; the full loss's tuning stays)."""
     import torch
 
     chosen = tune(data, method).query("chosen").iloc[0]
-    settings = dict(learning_rate=float(chosen["learning_rate"]),
-                    sharpness=float(chosen["sharpness"]))
+    settings = {name: float(chosen[name]) for name in ("learning_rate", "sharpness")}
     found = _trained(data, method, data.study.seeds, **settings, **options)
     heads = RIVALS[method].heads(data.fitted, data.fit.n_clusters, data.study.seeds, data.centers,
                                  **options)
     heads.load_state_dict({name.removeprefix("state_"): torch.from_numpy(value)
                            for name, value in found.items() if name.startswith("state_")},
                           strict=False)  # fixed centres are no weights
-    return settings | dict(clusters=heads.predict(data.scored), loss=found["loss"],
-                           seconds=float(found["seconds"].sum()))
+    return settings | dict(clusters=heads.predict(data.scored), loss=found["loss"])
 
 
 def consensus(clusters: np.ndarray, reference: int) -> np.ndarray:
@@ -173,8 +166,8 @@ def scores_of(data: FeaturesToCluster, method: str) -> list[dict]:
         raise NotRun(f"batches of {min(study.batch_size, n)} are smaller than the {n_clusters} "
                      f"clusters that they are to be spread over")
     if method in RIVALS or method in ABLATIONS:
-        found = (run_head(data, method) if method in RIVALS
-                 else run_head(data, "icbpl", **ABLATIONS[method]))
+        found = run_head(data, method if method in RIVALS else "icbpl",
+                         **ABLATIONS.get(method, {}))
         how = {name: found[name] for name in ("learning_rate", "sharpness")}
         return [how | _scored(data, clusters, seed) for seed, clusters in
                 enumerate(found["clusters"])]
@@ -188,12 +181,10 @@ def scores_of(data: FeaturesToCluster, method: str) -> list[dict]:
         return [_scored(data, clusters, best)
                 | dict(against=100 * right[1].mean(), against_low=low, against_high=high)]
     if method == "spherical k-means":
-        def make(seeds) -> dict:
-            return {"centers": np.stack([_spherical(data.fitted, n_clusters, seed)
-                                         for seed in seeds])}
-        found = data.cached(method, {}, study.seeds, make)["centers"]
+        found = data.cached(method, {}, study.seeds, lambda seeds: {"centers": np.stack(
+            [_spherical(data.fitted, n_clusters, seed) for seed in seeds])})
         return [_scored(data, (data.scored @ centers.T).argmax(1), seed)
-                for seed, centers in enumerate(found)]
+                for seed, centers in enumerate(found["centers"])]
     if method == "gmm" and n < n_clusters * (dim + 1):
         raise NotRun(f"{n_clusters} full covariances of {dim} dimensions need at least "
                      f"{n_clusters * (dim + 1)} samples, and there are {n}")

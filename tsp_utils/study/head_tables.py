@@ -23,8 +23,8 @@ def heads_table(rows: pd.DataFrame) -> pd.DataFrame:
             if found["acc"].isna().any():
                 table.append(row | dict(n=0, not_run=first["not_run"]))
                 continue
-            row |= {f"{m}_{name}": value for m in ("acc", "nmi", "ari")
-                    for name, value in (("mean", found[m].mean()), ("std", found[m].std()))}
+            row |= {f"{m}_{of}": found[m].agg(of) for m in ("acc", "nmi", "ari")
+                    for of in ("mean", "std")}
             row |= dict(n=len(found), n_used=found["n_used"].mean(),
                         learning_rate=first["learning_rate"], sharpness=first["sharpness"])
             if method == CONSENSUS:

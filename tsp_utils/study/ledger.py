@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from tsp_utils.cache import hash_of
 from tsp_utils.files.paths import IS_CLONE
 from tsp_utils.study import staleness
 from tsp_utils.study.claims import CLAIMS, Claim, claim_of
@@ -95,9 +96,8 @@ def read_evidence(study, claims: Sequence[Claim] = CLAIMS) -> list[Evidence]:
     this study's, or of a notebook that has changed since (it, or what it calls and reads).
     """
     ids = [claim.id for claim in claims]
-    records = {path: json.loads(path.read_text())
-               for path in sorted((study.run_dir / "claims").glob("*.json"))}
-    records = {path: record for path, record in records.items() if record["claim"] in ids}
+    records = {path: record for path in sorted((study.run_dir / "claims").glob("*.json"))
+               if (record := json.loads(path.read_text()))["claim"] in ids}
     again = f"run make reproduce PROFILE={study.profile.partition('+')[0]}"
     if not records:
         raise FileNotFoundError(f"There is no evidence of {study.profile} yet; {again} first.")
@@ -122,7 +122,7 @@ def _stamp(study, notebook: str) -> dict:
     if path is None:
         raise ValueError(f"There is no notebook {notebook} in {staleness.NOTEBOOKS}; pass the "
                          f"number that its file begins with.")
-    return {"study": repr(study), "notebook": staleness.notebook_hash(path, study)}
+    return {"study": repr(study), "notebook": hash_of(staleness.parts_of(path, study))}
 
 
 def table_of(cells: Sequence[Evidence]) -> pd.DataFrame:
@@ -158,8 +158,7 @@ def to_markdown(table: pd.DataFrame) -> str:
     lines = ["| claim | d, in points | backbone, target, protocol | n | mean [95 %] | p (Holm) | "
              "verdict |", "|---|---|---|---|---|---|---|"]
     for (_, row), adjusted in zip(table.iterrows(), holm(table["p"]), strict=True):
-        claim = claim_of(row["id"])
-        tested = np.isfinite(row["mean"])
+        claim, tested = claim_of(row["id"]), np.isfinite(row["mean"])
         numbers = f"{row['mean']:+.2f}"
         numbers += f" [{row['low']:+.2f}, {row['high']:+.2f}]" if np.isfinite(row["low"]) else ""
         p = f"{_p(row['p'])} ({_p(adjusted)})" if np.isfinite(row["p"]) else ""

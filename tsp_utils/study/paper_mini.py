@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 
@@ -51,12 +52,8 @@ def paper_mini(overrides: str = "", go_on: bool = False) -> Iterator[Gate]:
     if dataset not in DATASETS or backbone not in ROWS["K-means"]:
         raise ValueError(f"The paper's rows are of {', '.join(DATASETS)} under dino_vits16, and "
                          f"these are {dataset}, {backbone}; leave datasets and backbones out.")
-    gates: list[Gate] = []
-    for stage in (file_of_weights, forward_parity, features, knn, consistency,
-                  *(partial(row_of_table_1, protocol=protocol, stage=name)
-                    for protocol in ("split", "all") for name in ("K-means", "head"))):
-        start = time.perf_counter()
-        gate = stage(study, dataset, backbone)
+    gates, start = [], time.perf_counter()
+    for gate in _stages(study, dataset, backbone):
         gates.append(replace(gate, seconds=round(time.perf_counter() - start, 1)))
         write_json(study.run_dir / "paper_mini.json", {
             "profile": study.profile, "gates": [asdict(gate) for gate in gates],
@@ -65,65 +62,57 @@ def paper_mini(overrides: str = "", go_on: bool = False) -> Iterator[Gate]:
         yield gates[-1]
         if gate.passed is False and not go_on:
             return
+        start = time.perf_counter()
 
 
-def file_of_weights(study: Study, dataset: str, backbone: str) -> Gate:
+def _stages(study: Study, dataset: str, backbone: str) -> Iterator[Gate]:
+    """Every stage in its order, run when its gate is asked for."""
     network = load_backbone(backbone)  # downloads, and refuses by name what does not fit
     path = data_dir() / "weights" / network.spec.file
-    return Gate("weights", "the official file, every name and shape",
-                f"{path.name}, {len(network.model.state_dict())} tensors, "
-                f"SHA-256 {file_sha256(path)[:16]}",
-                True, "DINO publishes no hash: compare these digits with others' runs")
+    yield Gate("weights", "the official file, every name and shape",
+               f"{path.name}, {len(network.model.state_dict())} tensors, "
+               f"SHA-256 {file_sha256(path)[:16]}",
+               True, "DINO publishes no hash: compare these digits with others' runs")
 
-
-def forward_parity(study: Study, dataset: str, backbone: str) -> Gate:
     largest = max(map(partial(departure, seeded_backbone(backbone)), (32, 224)))
-    return Gate("forward parity", f"the official code's features to {TOLERANCE:g}",
-                f"{largest:.1e}, seeded weights, four images of 32 and of 224 px, float32, cpu",
-                largest < TOLERANCE, "network, resize, normalisation and pooling are the official")
+    yield Gate("forward parity", f"the official code's features to {TOLERANCE:g}",
+               f"{largest:.1e}, seeded weights, four images of 32 and of 224 px, float32, cpu",
+               largest < TOLERANCE, "network, resize, normalisation and pooling are the official")
 
-
-def features(study: Study, dataset: str, backbone: str) -> Gate:
-    found = {split: study.features(dataset, backbone, split) for split in ("test", "train")}
+    test, train = (study.features(dataset, backbone, split) for split in ("test", "train"))
     published = datasets.DATASETS[dataset].splits
-    wanted = sum(min(published[split], study.n_images or published[split]) for split in found)
-    norms = np.concatenate([np.linalg.norm(part.features, axis=1) for part in found.values()])
-    return Gate("features", f"{wanted:,} vectors, one an image, none of length 0",
-                f"{len(norms):,} x {found['test'].features.shape[1]}, lengths {norms.min():.1f} to "
-                f"{norms.max():.1f}, {load_backbone(backbone).dtype}",
-                len(norms[norms > 0]) == wanted, "all were seen; kept: another run begins here")
+    wanted = sum(min(n, study.n_images or n) for n in (published["test"], published["train"]))
+    norms = np.concatenate([np.linalg.norm(part.features, axis=1) for part in (test, train)])
+    yield Gate("features", f"{wanted:,} vectors, one an image, none of length 0",
+               f"{len(norms):,} x {test.features.shape[1]}, lengths {norms.min():.1f} to "
+               f"{norms.max():.1f}, {network.dtype}",
+               len(norms[norms > 0]) == wanted, "all were seen; kept: another run begins here")
 
-
-def knn(study: Study, dataset: str, backbone: str) -> Gate:
-    train, test = (study.features(dataset, backbone, split) for split in ("train", "test"))
-    accuracy = knn_accuracy(train.features, train.labels, test.features, test.labels)
-    return _floor("k-NN", study, dataset, accuracy, "high where weights and labels are right")
-
-
-def consistency(study: Study, dataset: str, backbone: str) -> Gate:
-    test = study.features(dataset, backbone)
-    share = label_consistency(nearest_neighbors(test.features, 20, "inner"), test.labels)[-1]
-    return _floor("label consistency", study, dataset, share, "nearest of the same label: Fig. 1")
-
-
-def _floor(stage: str, study: Study, dataset: str, found: float, means: str) -> Gate:
     judged = dataset == "cifar10" and study.n_images is None  # fewer images, farther neighbours
-    return Gate(stage, f"above {FLOORS[stage]} %, our floor: nothing is published" if judged else
-                "nothing is published, and our floor is of all of CIFAR-10", f"{100 * found:.1f} %",
-                bool(100 * found > FLOORS[stage]) if judged else None, means)
+    for stage, measure, means in (
+            ("k-NN", lambda: knn_accuracy(train.features, train.labels, test.features, test.labels),
+             "high where weights and labels are right"),
+            ("label consistency", lambda: label_consistency(
+                nearest_neighbors(test.features, 20, "inner"), test.labels)[-1],
+             "nearest of the same label: Fig. 1")):
+        found = 100 * measure()
+        yield Gate(stage, f"above {FLOORS[stage]} %, our floor: nothing is published" if judged
+                   else "nothing is published, and our floor is of all of CIFAR-10",
+                   f"{found:.1f} %", bool(found > FLOORS[stage]) if judged else None, means)
 
-
-def row_of_table_1(study: Study, dataset: str, backbone: str, protocol: str, stage: str) -> Gate:
-    run, where = replace(study, protocol=protocol), (dataset, backbone)
-    table = run.kmeans_table(*where) if stage == "K-means" else run.train(*where).table
-    ours = table.query("scored == 'test' and method == @stage.lower()")["acc"]
-    name = ROWS[stage][backbone]
-    (paper,) = (row for row in TABLE_1 if (row.method, row.dataset) == (name, dataset))
-    difference, low, high = welch_interval(
-        ours.mean(), ours.std(), len(ours), paper.acc, paper.acc_std, paper.n)
-    return Gate(f"{stage}, {protocol}", f"{paper.acc} +- {paper.acc_std} ACC ({name}, n = 10)",
-                f"{ours.mean():.1f} +- {ours.std():.1f}, n = {len(ours)}; ours less the paper's "
-                f"{difference:+.1f} [{low:+.1f}, {high:+.1f}]",
-                None if len(ours) < 2 else not (low > 1 or high < -1),
-                "passes unless the 95 % Welch interval lies wholly beyond one point" + (
-                    "; of which backbone its row is the paper does not say" * (stage == "K-means")))
+    for protocol, stage in product(("split", "all"), ("K-means", "head")):
+        run = replace(study, protocol=protocol)
+        table = (run.kmeans_table(dataset, backbone) if stage == "K-means" else
+                 run.train(dataset, backbone).table)
+        ours = table.query("scored == 'test' and method == @stage.lower()")["acc"]
+        name = ROWS[stage][backbone]
+        (paper,) = (row for row in TABLE_1 if (row.method, row.dataset) == (name, dataset))
+        difference, low, high = welch_interval(
+            ours.mean(), ours.std(), len(ours), paper.acc, paper.acc_std, paper.n)
+        yield Gate(f"{stage}, {protocol}", f"{paper.acc} +- {paper.acc_std} ACC ({name}, n = 10)",
+                   f"{ours.mean():.1f} +- {ours.std():.1f}, n = {len(ours)}; ours less the "
+                   f"paper's {difference:+.1f} [{low:+.1f}, {high:+.1f}]",
+                   None if len(ours) < 2 else not (low > 1 or high < -1),
+                   "passes unless the 95 % Welch interval lies wholly beyond one point" + (
+                       "; of which backbone its row is the paper does not say"
+                       * (stage == "K-means")))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tsp_utils.files.paths import REPOSITORY, write_whole
 from tsp_utils.study.profile import load_study
-from tsp_utils.study.staleness import notebook_paths
+from tsp_utils.study.staleness import notebook_paths, own_cells
 
 
 def refresh(profile: str = "offline") -> list[Path]:
@@ -19,10 +19,7 @@ def refresh(profile: str = "offline") -> list[Path]:
     run_dir, texts = load_study(profile).run_dir, {}
     for path in notebook_paths():
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        executed = run_dir / path.name
-        ran = json.loads(executed.read_text(encoding="utf-8")) if executed.exists() else {}
-        done = [cell for cell in ran.get("cells", ())
-                if "injected-parameters" not in cell["metadata"].get("tags", [])]
+        done = own_cells(run_dir / path.name)
         if [cell["source"] for cell in done] != [cell["source"] for cell in notebook["cells"]]:
             raise FileNotFoundError(f"{path.name} has not been run as it is now; run make "
                                     f"reproduce first.")

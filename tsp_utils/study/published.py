@@ -9,8 +9,9 @@ is of TSP-ViT1 on CIFAR-10.
 """
 
 import csv
-from dataclasses import dataclass, fields
 from pathlib import Path
+
+from pydantic.dataclasses import dataclass
 
 DATASETS = ("cifar10", "cifar100-20", "stl10")
 
@@ -32,12 +33,9 @@ class PublishedRow:
 
 
 def _rows(table: str) -> tuple[PublishedRow, ...]:
-    kinds = {"method": str, "dataset": str, "n": int, "n_neighbors": int}
     with (Path(__file__).parent / "published.csv").open(newline="", encoding="utf-8") as file:
-        return tuple(PublishedRow(**{
-            field.name: kinds.get(field.name, float)(row[field.name]) if row[field.name] else None
-            for field in fields(PublishedRow)}) for row in csv.DictReader(file)
-            if row["table"] == table)
+        return tuple(PublishedRow(**{name: text or None for name, text in row.items()})
+                     for row in csv.DictReader(file) if row.pop("table") == table)
 
 
 TABLE_1, TABLE_2 = _rows("Table 1"), _rows("Table 2")

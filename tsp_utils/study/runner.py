@@ -54,21 +54,21 @@ def reproduce(profile: str, force: bool = False, folder: Path = staleness.NOTEBO
     `jobs` notebooks run side by side, each on its share of the cores: two, or one where they would
     share a GPU or a single core. One at a time they run in their order; side by side the longest
     begin, and one that reads what others leave waits for these.
-    A notebook is skipped when its executed copy carries the same hash (`notebook_hash`) and what it
-    left is still there. Raises RuntimeError naming the first cell that fails: what is still running
+    A notebook is skipped when its executed copy carries the hash of its `parts_of` and what it left
+    is still there. Raises RuntimeError naming the first cell that fails: what is still running
     then is stopped, the executed copies that are finished stay; and where another run of the
     profile is under way.
     """
     if jobs is not None and jobs < 1:
         raise ValueError(f"{jobs} notebooks side by side cannot run; pass at least 1.")
-    study = load_study(profile)
-    _prepare_kernels()
-    n_cores = joblib.cpu_count()
+    study, n_cores = load_study(profile), joblib.cpu_count()
     jobs = jobs or (1 if n_cores == 1 or find_device() != "cpu" else 2)
     about = {path: staleness.about_of(path) for path in staleness.notebook_paths(folder)}
     waiting, running = list(about), {}
     if jobs > 1:  # so that no long one is left to the end, with nothing beside it
-        waiting.sort(key=lambda path: _seconds_said(about[path], study), reverse=True)
+        said = {path: about[path].get("seconds", {}) for path in waiting}
+        waiting.sort(reverse=True, key=lambda path: said[path].get(
+            study.profile.partition("+")[0], max(said[path].values(), default=0)))
     with _alone(study):
         try:
             while waiting or running:
@@ -116,12 +116,6 @@ def _next_to_start(waiting: list[Path], running, about: dict[Path, dict]) -> Pat
     return next((path for path in waiting if not any(
         other.name[:2] in about[path].get("reads", ()) and other.name < path.name
         for other in [*waiting, *running])), None)
-
-
-def _seconds_said(about: dict, study: Study) -> float:
-    """The seconds that a notebook takes in a profile, or at most where that one is not said."""
-    said = about.get("seconds", {})
-    return said.get(study.profile.partition("+")[0], max(said.values(), default=0))
 
 
 class _Execution:
@@ -172,14 +166,14 @@ class _Execution:
 
     def _keep(self) -> None:
         """The executed copy with its hash and what it left; what earlier ones left goes."""
-        about = staleness.about_of(self.partial)
+        notebook = json.loads(self.partial.read_text(encoding="utf-8"))
+        about = notebook["metadata"].get("tsp", {})
         now = staleness.data_stamps(about, self.study)  # with what was downloaded meanwhile
         data = {name: now[name] if stamp[0] == 0 else stamp
                 for name, stamp in self.parts["data"].items()}
         noted = _lines(self.noted)
         left = {name: staleness.sha256_of(self.study.run_dir / name)
                 for name in dict.fromkeys(noted[self.n_noted:])}
-        notebook = json.loads(self.partial.read_text(encoding="utf-8"))
         notebook["metadata"]["tsp"] = about | {"left": left,
                                                "hash": hash_of(self.parts | {"data": data})}
         self.partial.write_text(json.dumps(notebook, indent=1), encoding="utf-8")
@@ -211,12 +205,16 @@ def _papermill(path: Path, out: Path, profile: str, n_threads: int, log,
     wanted = {name: os.environ.get(name, "") for name in names}  # fewer, where the user says so
     threads = {name: str(min(n_threads, int(n)) if n.isdigit() and int(n) else n_threads)
                for name, n in wanted.items()}
+    # Kernels work in the notebooks' folder: there the package may be found by its place alone, and
+    # a relative path would mean another place.
+    paths = filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))
+    places = {"TSP_LEFT": str(noted), "PYTHONPATH": os.pathsep.join(paths),
+              "TSP_DATA": os.path.abspath(data_dir()), "TSP_CACHE": os.path.abspath(cache_dir())}
     return subprocess.Popen(
         [sys.executable, "-c", PAPERMILL, str(path), str(out), "-r", "profile", profile,
          "--kernel", "python3", "--cwd", str(path.parent), "--no-progress-bar", "--log-output",
          "--no-request-save-on-cell-execute"],
-        env=os.environ | threads | {"TSP_LEFT": str(noted)}, stdin=subprocess.PIPE, stdout=log,
-        stderr=log)
+        env=os.environ | threads | places, stdin=subprocess.PIPE, stdout=log, stderr=log)
 
 
 def _numbered_code_cells(path: Path) -> list[int]:
@@ -235,23 +233,9 @@ def stop_when_terminated() -> None:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
-def _prepare_kernels() -> None:
-    """What kernels need from here: the package when it is not installed, folders that stay put."""
-    paths = [str(REPOSITORY), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
-    # Kernels work in the notebooks' folder, where a relative path would mean another place.
-    os.environ["TSP_DATA"] = os.path.abspath(data_dir())
-    os.environ["TSP_CACHE"] = os.path.abspath(cache_dir())
-
-
 def _failed_cell(executed: Path) -> str | None:
     """The failed code cell's number in the source, which lacks papermill's own, and its error."""
-    try:
-        cells = json.loads(executed.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError, KeyError):
-        return None
-    own = (cell for cell in cells if cell["cell_type"] == "code"
-           and "injected-parameters" not in cell["metadata"].get("tags", []))
+    own = (cell for cell in staleness.own_cells(executed) if cell["cell_type"] == "code")
     return next((f"{number}: {output['ename']}: {output['evalue']}".strip().split("\n")[0]
                  for number, cell in enumerate(own, 1) for output in cell["outputs"]
                  if output["output_type"] == "error"), None)

@@ -28,13 +28,9 @@ def notebook_paths(folder: Path = NOTEBOOKS) -> list[Path]:
     return sorted(folder.glob("[0-9][0-9]_*.ipynb"))
 
 
-def notebook_hash(path: Path, study: Study) -> str:
-    """Hash of all that an executed notebook depends on: of its `parts_of`."""
-    return hash_of(parts_of(path, study))
-
-
 def parts_of(path: Path, study: Study) -> dict:
-    """Text, settings, code called, what ships, images, what the notebooks that it reads left."""
+    """All that an executed notebook depends on: text, settings, code called, what ships, images,
+    what the notebooks that it reads left."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     about = notebook["metadata"].get("tsp", {})
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
@@ -99,9 +95,19 @@ def noted_by(path: Path, study: Study) -> Path:
 
 def about_of(path: Path) -> dict:
     """What a notebook's metadata say to the runner; nothing where there is none to be read."""
+    return _read(path).get("metadata", {}).get("tsp", {})
+
+
+def own_cells(path: Path) -> list[dict]:
+    """The cells of an executed copy without papermill's own; none where there is none to read."""
+    return [cell for cell in _read(path).get("cells", ())
+            if "injected-parameters" not in cell["metadata"].get("tags", [])]
+
+
+def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("tsp", {})
-    except (OSError, ValueError, KeyError):
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
 
 

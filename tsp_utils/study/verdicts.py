@@ -161,8 +161,8 @@ def _pairs_for(d: np.ndarray, gap: float, level: float = 0.95) -> float:
 def _undecided(result: Verdict, n: float) -> Verdict:
     n_needed = int(n) if np.isfinite(n) else None
     note = f"n = {n_needed} would decide" if n_needed else "no n up to 100,000 would decide"
-    note = f"{result.qualifier}; {note}" if result.qualifier else note
-    return replace(result, verdict="inconclusive", qualifier=note, n_needed=n_needed)
+    return replace(result, verdict="inconclusive", n_needed=n_needed,
+                   qualifier="; ".join(filter(None, (result.qualifier, note))))
 
 
 def _checked(differences: Sequence[float]) -> np.ndarray:
