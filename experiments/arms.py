@@ -20,9 +20,9 @@ from safetensors.torch import save
 from torch.utils.flop_counter import FlopCounterMode
 
 import tsp_utils.networks.small_resnet  # noqa: F401  (timm learns its name)
-from tsp_utils.cache import code_of, versions
+from tsp_utils.cache import code_of, hardware, versions
 from tsp_utils.datasets import load_dataset
-from tsp_utils.devices import find_device, gains_from_bf16, hardware
+from tsp_utils.devices import find_device, gains_from_bf16
 from tsp_utils.files.paths import runs_dir, write_json, write_whole
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.networks.weights import attention

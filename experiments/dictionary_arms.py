@@ -12,9 +12,8 @@ import torch
 from experiments.arms import ARMS, arm_images
 from tsp_utils import cache
 from tsp_utils.backbones import BACKBONES, Backbone
-from tsp_utils.cache import versions
+from tsp_utils.cache import hardware, versions
 from tsp_utils.datasets import load_dataset
-from tsp_utils.devices import hardware
 from tsp_utils.features import extract_features
 from tsp_utils.files.paths import bundled_dir, write_lines
 from tsp_utils.networks.patch_kmeans import PatchKMeans

@@ -14,9 +14,8 @@ from safetensors.numpy import save_file
 
 from tsp_utils import cache
 from tsp_utils.backbones import Backbone, load_backbone
-from tsp_utils.cache import versions
+from tsp_utils.cache import hardware, versions
 from tsp_utils.datasets import ImageDataset, load_dataset
-from tsp_utils.devices import hardware
 from tsp_utils.features import extract_features
 from tsp_utils.files.paths import bundled_dir, write_lines
 from tsp_utils.heads import LinearHeads, init_heads, train_heads

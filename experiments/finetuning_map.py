@@ -15,9 +15,8 @@ import torch
 from experiments.finetuning import N_IMAGES, N_SEEDS, head_of, read_out, source_images
 from tsp_utils import cache
 from tsp_utils.backbones import Backbone, load_backbone
-from tsp_utils.cache import versions
+from tsp_utils.cache import hardware, versions
 from tsp_utils.datasets import load_dataset
-from tsp_utils.devices import hardware
 from tsp_utils.files.paths import bundled_dir, write_lines
 from tsp_utils.k_means import kmeans
 from tsp_utils.neighbors import WEIGHTINGS, nearest_neighbors

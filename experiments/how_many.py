@@ -18,8 +18,7 @@ from sklearn.cluster import HDBSCAN
 from sklearn.metrics import adjusted_rand_score, pairwise_distances, silhouette_score
 
 from tsp_utils import cache
-from tsp_utils.cache import versions
-from tsp_utils.devices import hardware
+from tsp_utils.cache import hardware, versions
 from tsp_utils.files.paths import bundled_dir, shipped_records, write_lines
 from tsp_utils.folder.how_many import (
     WORTH,

@@ -14,9 +14,8 @@ import numpy as np
 from PIL import Image
 
 from tsp_utils.backbones import load_backbone
-from tsp_utils.cache import versions
+from tsp_utils.cache import hardware, versions
 from tsp_utils.datasets import ImageDataset
-from tsp_utils.devices import hardware
 from tsp_utils.features import cached_features
 from tsp_utils.files.image_folders import ImageFiles, list_images
 from tsp_utils.files.paths import bundled_dir, write_lines

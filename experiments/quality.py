@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tsp_utils import cache
-from tsp_utils.cache import versions
-from tsp_utils.devices import hardware
+from tsp_utils.cache import hardware, versions
 from tsp_utils.files.paths import bundled_dir, runs_dir, write_lines
 from tsp_utils.study.feature_sets import FeatureSet, extract, load_images, vectors_path
 from tsp_utils.study.profile import load_study

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tsp_utils.cache import versions
-from tsp_utils.devices import hardware
+from tsp_utils.cache import hardware, versions
 from tsp_utils.estimator import TSPClustering
 from tsp_utils.files.paths import bundled_dir, write_lines
 from tsp_utils.metrics import clustering_metrics, match_clusters

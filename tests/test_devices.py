@@ -18,7 +18,7 @@ from sklearn.datasets import make_blobs
 from test_pretrain import IMAGES, TINY
 
 import experiments.extract
-from tsp_utils import backbones, devices, features, init_heads, kmeans, nearest_neighbors
+from tsp_utils import backbones, cache, features, init_heads, kmeans, nearest_neighbors
 from tsp_utils import train_heads as train
 from tsp_utils.backbones import load_backbone
 from tsp_utils.datasets import ImageDataset
@@ -292,9 +292,9 @@ def test_a_gpu_without_bfloat16_computes_in_float32(bf16, dtype, expected, monke
     assert network.dtype == expected and network.device == torch.device("cuda")
     assert load_backbone("patch_kmeans", "cuda:1").dtype == torch.float32  # at all times
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"name of {device}")
-    assert [devices.hardware(name) for name in ("cuda", "cuda:1")] == [
+    assert [cache.hardware(name) for name in ("cuda", "cuda:1")] == [
         "name of cuda", "name of cuda:1"]
-    assert "CPU cores" in devices.hardware("cpu")
+    assert "CPU cores" in cache.hardware("cpu")
 
 
 def test_under_bfloat16_vectors_weights_gradients_and_centre_stay_in_float32():

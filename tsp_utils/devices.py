@@ -1,8 +1,5 @@
 """Where tensors live: one finder of devices for backbones, heads and the estimator."""
 
-import os
-import platform
-
 import torch
 
 
@@ -29,10 +26,3 @@ def gains_from_bf16(device: torch.device) -> bool:
         return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     except (AttributeError, RuntimeError):  # a build of torch that does not ask
         return False
-
-
-def hardware(device: str) -> str:
-    """The device in words, for records."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()})"

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -13,11 +14,22 @@ from tsp_utils import cache
 from tsp_utils.files.paths import cache_dir
 
 
-def extract_features(backbone, images, batch_size: int = 256, progress: bool = True,
+class Encoder(Protocol):
+    """A backbone as it is asked for vectors: a `Backbone`, or what has these."""
+
+    name: str
+
+    def describe(self) -> dict: ...  # all that shapes a vector, as JSON values
+
+    def prepare(self, images): ...  # uint8 [B,H,W,C], or images one by one -> its input x
+
+    def encode(self, x): ...  # x -> [B,D]
+
+
+def extract_features(backbone: Encoder, images, batch_size: int = 256, progress: bool = True,
                      out: np.ndarray | None = None) -> np.ndarray:
     """Pass images through a backbone, a batch at a time.
 
-    backbone: a `Backbone`, or what has its name, describe(), prepare(images) and encode(x).
     images: uint8 [N,H,W,C] or a sequence of [H,W,C]; returns float32 [N,D], which is `out` where
     that is given. Raises ValueError for no images, non-finite features or an `out` of another
     shape.
@@ -32,7 +44,7 @@ def extract_features(backbone, images, batch_size: int = 256, progress: bool = T
     return out  # type: ignore[return-value]
 
 
-def cached_features(backbone, dataset, folder: str | os.PathLike | None = None,
+def cached_features(backbone: Encoder, dataset, folder: str | os.PathLike | None = None,
                     batch_size: int = 256, progress: bool = True, maker: str = "") -> np.ndarray:
     """Features of a data set: of images that were seen before, in whatever set, from the cache.
 

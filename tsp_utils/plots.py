@@ -17,7 +17,6 @@ BACKBONE_COLORS = {
     "dino_resnet50": "#6a9f58", "dino_vits16": "#d1605e", "dino_vitb16": "#967662",
 }
 METHOD_COLORS = {"k-means": "#9aa5b1", "head": "#d1605e"}
-DISPLAY_NAMES = {"k-means": "K-means", "head": "TSP head"}
 
 
 def set_style() -> None:
@@ -61,29 +60,6 @@ def plot_images(images: np.ndarray, titles=None, n_columns: int = 10, colors=Non
             spine.set(visible=colors is not None, linewidth=2.5,
                       edgecolor=None if colors is None else colors[i])
     return figure
-
-
-def plot_curves(curves: np.ndarray, label: str, ax, reference: float | None = None):
-    """Training curves [E, S], one thin line a seed and their mean; an optional reference line."""
-    epochs = np.arange(1, len(curves) + 1)
-    color = METHOD_COLORS["head"]
-    ax.plot(epochs, curves, color=color, alpha=0.25, linewidth=0.8)
-    ax.plot(epochs, curves.mean(1), color=color, linewidth=2)
-    if reference is not None:
-        ax.axhline(reference, color="0.4", linestyle=":", linewidth=1.2)
-    ax.set(xlabel="epoch", title=label)
-
-
-def plot_kmeans_against_head(table: pd.DataFrame, metric: str, ax):
-    """Each seed as a line from its K-means to its head. table: columns method, seed, <metric>."""
-    wide = table.pivot(index="seed", columns="method", values=metric)[["k-means", "head"]]
-    ax.plot([0, 1], wide.T, color="0.75", linewidth=1, zorder=1)
-    for x, method in enumerate(wide):
-        ax.scatter(np.full(len(wide), x), wide[method], color=METHOD_COLORS[method], zorder=2, s=28)
-        ax.errorbar(x + (0.14 if x else -0.14), wide[method].mean(), wide[method].std(),
-                    color=METHOD_COLORS[method], marker="_", markersize=14, capsize=3)
-    ax.set(xticks=[0, 1], xticklabels=[DISPLAY_NAMES[m] for m in wide], xlim=(-0.5, 1.5),
-           ylabel=f"{metric.upper()} (%)")
 
 
 def plot_confusion(counts: np.ndarray, classes, class_of, ax):

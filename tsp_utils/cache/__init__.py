@@ -9,6 +9,7 @@ from tsp_utils.cache.entries import (
     call,
     file_name,
     fitted,
+    hardware,
     prune,
     record,
     seeds,
@@ -17,5 +18,5 @@ from tsp_utils.cache.entries import (
 from tsp_utils.cache.keys import code_called_by, code_of, hash_of, key_of
 from tsp_utils.cache.vectors import rows
 
-__all__ = ["arrays", "call", "code_called_by", "code_of", "file_name", "fitted", "hash_of",
-           "key_of", "prune", "record", "rows", "seeds", "versions"]
+__all__ = ["arrays", "call", "code_called_by", "code_of", "file_name", "fitted", "hardware",
+           "hash_of", "key_of", "prune", "record", "rows", "seeds", "versions"]

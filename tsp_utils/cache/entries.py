@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import os
 import platform
 import re
 import zipfile
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 
 from tsp_utils.cache.keys import code_of, data_of, hash_of, plain
@@ -207,3 +209,10 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
     return {"python": platform.python_version()} | {
         name: version(name) for name in ("torch", "timm", "faiss-cpu", "scikit-learn", "numpy")}
+
+
+def hardware(device: str) -> str:
+    """The device in words, for records."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()})"

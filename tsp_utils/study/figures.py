@@ -1,4 +1,4 @@
-"""Figures of the study alone: the method, the ledger, sources and heads compared."""
+"""Figures of the study alone: the method, training, the ledger, sources and heads compared."""
 
 import re
 
@@ -13,6 +13,7 @@ from tsp_utils.study.claims import claim_of
 SOURCE_COLOR, TARGET_COLOR = "#7d5ba6", "#e0a03b"  # claim C6, in every figure
 VERDICT_COLORS = {"holds": "#4a9d5b", "does not hold": "#c9504c", "inconclusive": "#e0a03b",
                   "not tested": "0.6"}
+DISPLAY_NAMES = {"k-means": "K-means", "head": "TSP head"}
 WITHOUT_HEAD = ("k-means", "k-means-20", "spherical k-means", "gmm", "spectral")
 
 
@@ -39,6 +40,29 @@ def plot_method(ax):
     ax.text(6.78, -0.12, "labels: only to score", ha="center", va="top", fontsize=9.5, color="0.35")
     ax.set(xlim=(-0.1, 7.45), ylim=(-0.3, 1.0))
     ax.axis("off")
+
+
+def plot_curves(curves: np.ndarray, label: str, ax, reference: float | None = None):
+    """Training curves [E, S], one thin line a seed and their mean; an optional reference line."""
+    epochs = np.arange(1, len(curves) + 1)
+    color = METHOD_COLORS["head"]
+    ax.plot(epochs, curves, color=color, alpha=0.25, linewidth=0.8)
+    ax.plot(epochs, curves.mean(1), color=color, linewidth=2)
+    if reference is not None:
+        ax.axhline(reference, color="0.4", linestyle=":", linewidth=1.2)
+    ax.set(xlabel="epoch", title=label)
+
+
+def plot_kmeans_against_head(table: pd.DataFrame, metric: str, ax):
+    """Each seed as a line from its K-means to its head. table: columns method, seed, <metric>."""
+    wide = table.pivot(index="seed", columns="method", values=metric)[["k-means", "head"]]
+    ax.plot([0, 1], wide.T, color="0.75", linewidth=1, zorder=1)
+    for x, method in enumerate(wide):
+        ax.scatter(np.full(len(wide), x), wide[method], color=METHOD_COLORS[method], zorder=2, s=28)
+        ax.errorbar(x + (0.14 if x else -0.14), wide[method].mean(), wide[method].std(),
+                    color=METHOD_COLORS[method], marker="_", markersize=14, capsize=3)
+    ax.set(xticks=[0, 1], xticklabels=[DISPLAY_NAMES[m] for m in wide], xlim=(-0.5, 1.5),
+           ylabel=f"{metric.upper()} (%)")
 
 
 def plot_crossover(table: pd.DataFrame, metric: str, ax):

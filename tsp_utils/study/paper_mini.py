@@ -15,8 +15,8 @@ import numpy as np
 
 from tsp_utils import datasets
 from tsp_utils.backbones import load_backbone
-from tsp_utils.cache import versions
-from tsp_utils.devices import find_device, hardware
+from tsp_utils.cache import hardware, versions
+from tsp_utils.devices import find_device
 from tsp_utils.files.paths import data_dir, write_json
 from tsp_utils.neighbors import knn_accuracy, label_consistency, nearest_neighbors
 from tsp_utils.networks.weights import file_sha256
