@@ -18,8 +18,8 @@ from tsp_utils.pretraining.invariant import (
     projection,
 )
 
-SMALL = dict(n_atoms=12, n_features=16, n_patches=3000)
-IMAGES = structured_images(300)
+SMALL = dict(n_atoms=12, n_features=16, n_patches=6000)
+IMAGES = structured_images(600)
 
 
 @pytest.fixture(scope="module")
