@@ -36,8 +36,7 @@ def content(folder):
             if path.is_file()}
 
 
-def test_a_table_and_a_page_are_those_of_three_lines_of_python_and_nothing_is_touched(
-        photos, monkeypatch):
+def test_table_and_page_are_those_of_three_lines_of_python(photos, monkeypatch):
     (photos / "000.png").rename(photos / "naïve名 with spaces.png")
     before, idle = content(photos), load_backbone("patch_kmeans")
     out = cluster_folder(photos, 4, backbone="patch_kmeans")

@@ -36,8 +36,7 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize("side, when", [  # decoded at once, while the network computes
     (28, "list_images"), (28, "read_images"), (28, "cached_features"), (28, "nearest_neighbors"),
     (90, "list_images"), (90, "cached_features"), (90, "nearest_neighbors")])
-def test_files_that_go_away_or_change_are_left_out_or_named_whenever_it_happens(
-        tmp_path, monkeypatch, caplog, side, when):
+def test_files_that_go_or_change_are_left_out_or_named(tmp_path, monkeypatch, caplog, side, when):
     photos, step = fill(tmp_path / "photos", side), getattr(module, when)
 
     def then(*args, **kwargs):
@@ -58,8 +57,7 @@ def test_files_that_go_away_or_change_are_left_out_or_named_whenever_it_happens(
         assert "005.png is not an image that can be read" in page
 
 
-def test_a_file_that_changes_between_two_looks_gives_no_vector_to_what_it_held(
-        tmp_path, monkeypatch):
+def test_a_file_that_changes_gives_no_vector_to_what_it_held(tmp_path, monkeypatch):
     photos = fill(tmp_path / "photos", 90)
     (photos / "twin.png").write_bytes((photos / "007.png").read_bytes())
     paths, before, extract = find_images(photos), (photos / "007.png").read_bytes(), \
