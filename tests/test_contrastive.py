@@ -119,12 +119,8 @@ def test_a_seed_gives_the_same_weights_and_looking_changes_nothing():
 
 
 @pytest.mark.parametrize("images, changed, budget, sentence", [
-    (IMAGES, {}, 0, "budget is empty"),
-    (IMAGES[:1], {}, 10, "1 image is too few"),
-    (IMAGES[..., :1], {}, 10, "resize them first"),
-    (IMAGES / 255, {}, 10, "are float64; pass uint8"),
-    (IMAGES, dict(optimizer="adam"), 10, "unknown optimizer 'adam': pass sgd or adamw"),
-])
+    (IMAGES, {}, 0, "budget is empty"), (IMAGES[:1], {}, 10, "1 image is too few"),
+    (IMAGES, dict(optimizer="adam"), 10, "unknown optimizer 'adam': pass sgd or adamw")])
 def test_bad_input_is_refused(images, changed, budget, sentence):
     with pytest.raises(ValueError, match=sentence):
         pretrain_contrastive(images, replace(TINY, **changed), budget_images=budget)
