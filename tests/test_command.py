@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from readings import ROOT
 
 from experiments.__main__ import EXPERIMENTS
 from experiments.__main__ import parser as experiments
 from tsp_utils.__main__ import main, parser
 
-ROOT = Path(__file__).resolve().parent.parent
 needs_make = pytest.mark.skipif(shutil.which("make") is None or os.name == "nt",
                                 reason="needs make and a system with /bin/sh")
 

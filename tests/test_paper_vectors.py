@@ -39,7 +39,7 @@ def blobs():
 
 
 @pytest.fixture
-def bundle(tmp_path, monkeypatch):
+def bundle(own_folders, tmp_path, monkeypatch):
     """A bundle of its own, with what ships in it; returns the folder of vectors."""
     (tmp_path / "bundled").mkdir()
     for shipped in bundled_dir().iterdir():
@@ -51,8 +51,6 @@ def bundle(tmp_path, monkeypatch):
         if shipped.name != NAME:
             (folder / shipped.name).symlink_to(shipped)
     monkeypatch.setattr(feature_sets, "bundled_dir", lambda: tmp_path / "bundled")
-    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")
-    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TSP_DATA", str(tmp_path / "data"))
     return folder
 
