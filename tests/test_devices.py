@@ -5,6 +5,7 @@
 
 import os
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -146,26 +147,16 @@ def test_neighbours_of_the_device_are_searched_again_where_float32_cannot_tell_t
     np.testing.assert_array_equal(there.distances, here.distances)
 
 
-class AtOnce:
+def at_once(*_):
     """In place of a pool: a dispatch mode is of one thread."""
-
-    def __init__(self, *_):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *arguments):
-        return SimpleNamespace(result=lambda: function(*arguments))
+    return nullcontext(SimpleNamespace(submit=lambda function, *arguments: SimpleNamespace(
+        result=lambda: function(*arguments))))
 
 
 @pytest.fixture
 def extracting(monkeypatch):
     """Extraction in one thread, and without inference mode, which tensors of a test cannot take."""
-    monkeypatch.setattr(features, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(features, "ThreadPoolExecutor", at_once)
     monkeypatch.setattr(backbones.Backbone, "encode",
                         torch.no_grad()(backbones.Backbone.encode.__wrapped__))
 
