@@ -2,16 +2,17 @@
 
 import json
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from readings import ROOT
 
 from tsp_utils.files.paths import shipped_records
 
+ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "figures"
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])}
