@@ -1,11 +1,15 @@
 """What every test in tests/ and every nbval kernel of notebooks/ needs."""
 
 import os
+import runpy
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent
+sys.path += [str(ROOT / "docs"), str(ROOT / "notebooks")]  # scripts, and the lessons' checks
 
 # Kernels start in notebooks/: relative folders would mean another place, and the package may not be
 # installed (PYTHON=python).
@@ -41,3 +45,37 @@ def own_folders(tmp_path, monkeypatch):
     """A cache and a run folder of the test's own: tmp_path's cache/ and runs/."""
     monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")
+
+
+@pytest.fixture
+def left_by(monkeypatch):
+    """What `python -m tsp_utils ARGUMENTS` exits with, in this process; a text is status 1."""
+    def of(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["tsp_utils", *arguments])
+        monkeypatch.delitem(sys.modules, "tsp_utils.__main__", raising=False)
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as left:
+            runpy.run_module("tsp_utils", run_name="__main__")
+        return getattr(left.value, "code", left.value)  # Ctrl-C would end pytest
+
+    return of
+
+
+@pytest.fixture
+def quick(own_folders, tmp_path, monkeypatch):
+    """Runs on folders in tmp_path, whose estimator trains little unless it is told more."""
+    from toys import QUICK
+
+    from tsp_utils import TSPClustering
+
+    monkeypatch.chdir(tmp_path)
+    for room in ("cluster_folder", "page"):
+        monkeypatch.setattr(f"tsp_utils.folder.{room}.TSPClustering",
+                            partial(TSPClustering, **QUICK))
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """24 clothes of 28 px: photos/000.png and on."""
+    from toys import fill
+
+    return fill(tmp_path / "photos")

@@ -49,8 +49,7 @@ def leave_record(study, shift=0.0, n=50_000, name="a", code=None, **changes):
         "settings": settings, "code": code or code_of_heads(study), "metrics": rows})
 
 
-def test_of_the_right_record_what_equals_the_paper_is_inside_and_five_points_off_is_not(
-        study, monkeypatch, capsys):
+def test_what_equals_the_paper_is_inside_and_five_points_off_is_not(study, monkeypatch, capsys):
     with pytest.raises(FileNotFoundError, match="no record of dino_vits16 on cifar10"):
         table_1(study)
     leave_record(study, code="older")

@@ -13,6 +13,7 @@ import timm
 import torch
 from sklearn.neighbors import NearestNeighbors
 from torch.utils.flop_counter import FlopCounterMode
+from toys import made_of, three_blobs
 
 import experiments.arms as arms
 import experiments.dictionary_arms as dictionary_arms
@@ -23,8 +24,8 @@ from tsp_utils.datasets import ImageDataset
 from tsp_utils.files.paths import shipped_records
 from tsp_utils.networks.weights import load_model
 from tsp_utils.pretraining.dino import Dino, DinoRecipe, schedule
-from tsp_utils.study.feature_sets import FeatureSet
 from tsp_utils.study.frozen_evaluation import balanced_rows, read_out, small_pool_consistency
+from tsp_utils.study.profile import load_study
 
 TINY = DinoRecipe(options=(("patch_size", 8), ("img_size", 32), ("dynamic_img_size", True),
                            ("embed_dim", 32), ("depth", 1), ("num_heads", 2)),
@@ -136,8 +137,7 @@ def test_subsets_are_drawn_once_without_labels_and_lie_in_one_another(small_worl
 MARKS = ["final.safetensors", "half.safetensors", "quarter.safetensors"]
 
 
-def test_an_arm_leaves_weights_that_load_and_a_log_and_is_trained_once(
-        small_world, tmp_path, monkeypatch):
+def test_an_arm_leaves_weights_and_a_log_and_is_trained_once(small_world, tmp_path, monkeypatch):
     fused = timm.layers.use_fused_attn()
     folder = pretrain_arm("tiny", tmp_path / "tiny")
     assert timm.layers.use_fused_attn() == fused  # a choice for the process, put back
@@ -172,7 +172,7 @@ def _one_of_two(rank, folder, port):
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     arms.load_dataset = images_of
-    ARMS["tiny"] = Arm(TINY, ("cifar10",), 320)
+    ARMS["tiny"] = Arm(TINY, ("cifar10",), 64)
     pretrain_arm("tiny", folder)
 
 
@@ -182,11 +182,10 @@ def test_two_processes_of_torchrun_make_one_arm(tmp_path):
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_one_of_two, (tmp_path, port), nprocs=2)
     assert {path.name for path in tmp_path.iterdir()} == {"log.json", "start.safetensors", *MARKS}
-    assert json.loads((tmp_path / "log.json").read_text())["images_seen"] == 320  # not 320 each
+    assert json.loads((tmp_path / "log.json").read_text())["images_seen"] == 64  # not 64 each
 
 
-def test_a_missing_checkpoint_of_a_quarter_is_not_filled_with_a_later_network(
-        small_world, tmp_path, monkeypatch, caplog):
+def test_a_missing_quarter_is_not_filled_later(small_world, tmp_path, monkeypatch, caplog):
     def stop(self, run):
         if run.images_seen >= 240:
             raise KeyboardInterrupt
@@ -227,16 +226,6 @@ def test_the_operations_of_an_image_are_about_the_arithmetics_and_a_real_steps(n
     assert gflop_per_image(Arm(TINY, ("cifar10",), 320)) == pytest.approx(a_step, rel=0.1)
 
 
-def made_of(features, labels) -> FeatureSet:
-    return FeatureSet("blobs", "test", "made up", features, labels, tuple("abc"))
-
-
-def blobs(spread) -> FeatureSet:
-    labels = np.arange(300) % 3
-    noise = np.random.default_rng(0).normal(scale=spread, size=(300, 8))
-    return made_of((np.eye(3, 8)[labels] * 5 + noise).astype(np.float32), labels)
-
-
 def same_labels_by_scikit_learn(found, k) -> float:
     """Percent of the k nearest neighbours that have the sample's own label."""
     index = NearestNeighbors(n_neighbors=k + 1, metric="cosine").fit(found.features)
@@ -245,7 +234,7 @@ def same_labels_by_scikit_learn(found, k) -> float:
 
 
 def test_read_out_of_separable_and_of_shuffled_labels(small_world):
-    found = blobs(spread=0.5)
+    found = three_blobs(noise=0.5)
     record = read_out(found, n_seeds=2)
     assert record["head"]["acc"] == record["k-means"]["acc"] == [100.0, 100.0]
     assert record["knn_leave_one_out"] == 100 and record["n"] == 300
@@ -257,12 +246,13 @@ def test_read_out_of_separable_and_of_shuffled_labels(small_world):
     assert max(record["head"]["acc"]) < 60
 
 
-def test_dictionaries_are_learned_once_and_written_whole(
-        small_world, tmp_path, monkeypatch):
+def test_dictionaries_are_learned_once_and_written_whole(small_world, tmp_path, monkeypatch):
     settings = dict(n_atoms=8, n_patches=2_000, n_features=4, n_pca_images=40)
     for name, value in dict(load_dataset=images_of, SETTINGS=settings,
                             bundled_dir=lambda: tmp_path / "bundled").items():
         monkeypatch.setattr(dictionary_arms, name, value)
+    monkeypatch.setattr("tsp_utils.study.frozen_evaluation.load_study",
+                        lambda name: load_study(f"{name} max_epochs=1 min_steps=10"))
     path = learn_dictionary_arms(n_seeds=2, n_heads=2)
     records, before = json.loads(path.read_text()), path.read_bytes()
     assert len(records) == 2 * len(DICTIONARY_ARMS)
@@ -275,7 +265,7 @@ def test_dictionaries_are_learned_once_and_written_whole(
 
 
 def test_small_pools_are_balanced_and_their_consistency_is_scikit_learns():
-    found = blobs(spread=3)
+    found = three_blobs()
     rows = balanced_rows(found.labels, seed=4)
     assert np.bincount(found.labels[rows]).tolist() == [50, 50, 50] and len(set(rows)) == 150
     shares, pool = small_pool_consistency(found), made_of(found.features[rows], found.labels[rows])

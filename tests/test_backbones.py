@@ -70,45 +70,27 @@ def full_checkpoint(state, wrap="module."):
             "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}
 
 
-@pytest.mark.parametrize("save, content", [
-    (torch.save, dict), (save_file, dict), (torch.save, full_checkpoint),
-    (torch.save, partial(full_checkpoint, wrap="")),
-    (torch.save, lambda state: {**state, "head.weight": torch.zeros(1000, 192),
-                                "head.bias": torch.zeros(1000)})])
-def test_checkpoints_in_every_official_format_load(tmp_path, trained, save, content):
-    path = tmp_path / ("weights.pth" if save is torch.save else "weights.safetensors")
-    save(content(trained.state_dict()), path)
-    backbone = load_backbone("vit_mini_random", "cpu", path, "float32")
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # only meanwhile
-    images = images_of(6, 32, 32, 3)
-    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    with torch.inference_mode():
-        due = trained((x - IMAGENET[0]) / IMAGENET[1])
-    got = backbone(images)
-    assert got.dtype == torch.float32 and got.shape == (6, backbone.dim) == (6, 192)
-    torch.testing.assert_close(got, due, rtol=1e-4, atol=1e-4)
-    untrained = load_backbone("vit_mini_random", "cpu", dtype="float32")
-    assert not torch.allclose(untrained(images), due, atol=0.1)
+def renamed(before, state):
+    return {f"{before}{key}": value for key, value in state.items()}
 
 
-@pytest.mark.parametrize("content", [
-    lambda state: {"model": state, "epoch": 3}, lambda state: {"state_dict": state, "args": [1]},
-    lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
-    lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()},
-    lambda state: {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}},
-    lambda state: {"state_dict": {f"module.backbone.{key}": value
-                                  for key, value in state.items()}}])
-def test_checkpoints_of_other_trainers_load(tmp_path, trained, content):
-    torch.save(content(trained.state_dict()), path := tmp_path / "a.pth")
+@pytest.mark.parametrize("save, name, content", [
+    (torch.save, "a.pth", dict), (save_file, "a.safetensors", dict),
+    (save_file, "a.pth", dict), (torch.save, "a.safetensors", dict),  # known by what it holds
+    *((torch.save, "a.pth", content) for content in (
+        full_checkpoint, partial(full_checkpoint, wrap=""),
+        lambda state: {**state, "head.weight": torch.zeros(1000, 192),
+                       "head.bias": torch.zeros(1000)},
+        lambda state: {"model": state, "epoch": 3},
+        lambda state: {"state_dict": state, "args": [1]},
+        partial(renamed, "_orig_mod."), partial(renamed, "_orig_mod.module."),
+        lambda state: {"model": renamed("module._orig_mod.", state)},
+        lambda state: {"state_dict": renamed("module.backbone.", state)}))])
+def test_checkpoints_of_every_format_and_trainer_load(tmp_path, trained, save, name, content):
+    save(content(trained.state_dict()), path := tmp_path / name)
     loaded = load_backbone("vit_mini_random", "cpu", path).model.state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in trained.state_dict().items())
-
-
-def test_a_file_is_known_by_what_it_holds_and_not_by_its_ending(tmp_path, trained):
-    for save, name in ((save_file, "a.pth"), (save_file, "b.bin"), (torch.save, "c.safetensors")):
-        save(trained.state_dict(), tmp_path / name)
-        loaded = load_backbone("vit_mini_random", "cpu", tmp_path / name).model
-        assert torch.equal(loaded.pos_embed, trained.pos_embed)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # only meanwhile
 
 
 def test_a_position_grid_of_another_size_is_resampled_where_it_is_asked_for(tmp_path, trained):
@@ -163,8 +145,7 @@ def test_a_host_that_does_not_answer_is_given_up_at_once(monkeypatch):
 
 @pytest.mark.parametrize("name, host", [("dino_vits16", "dl.fbaipublicfiles.com"),
                                         ("timm:resnet18", "huggingface.co")])
-def test_what_cannot_be_had_is_not_tried_again_and_again(weights_dir, monkeypatch, capfd, name,
-                                                         host):
+def test_what_cannot_be_had_is_not_tried_again(weights_dir, monkeypatch, capfd, name, host):
     def unreachable(url):
         raise OSError("no name server")
 
@@ -178,9 +159,11 @@ def test_what_cannot_be_had_is_not_tried_again_and_again(weights_dir, monkeypatc
 def test_the_feature_of_a_vit_is_its_class_token_after_the_last_norm():
     backbone = load_backbone("vit_mini_random", "cpu", dtype="float32")
     images = images_of(3, 32, 32, 3)
-    with torch.inference_mode():
-        tokens = backbone.model.forward_features(backbone.prepare(images))  # [B,65,192], normed
-    torch.testing.assert_close(backbone(images), tokens[:, 0])
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    with torch.inference_mode():  # [B,65,192], normed
+        tokens = backbone.model.forward_features((x - IMAGENET[0]) / IMAGENET[1])
+    torch.testing.assert_close(backbone(images), tokens[:, 0], rtol=1e-4, atol=1e-4)
+    assert backbone(images).dtype == torch.float32 and backbone.dim == 192
     blocks = backbone.model.blocks
     assert (len(blocks), blocks[0].attn.num_heads, tokens.shape[1:]) == (12, 3, (65, 192))
 
@@ -279,10 +262,17 @@ def test_a_download_is_kept_only_when_it_is_whole(weights_dir, monkeypatch):
         with open(path, "r+b") as file:
             file.truncate(100_000)
 
+    def stop(path):
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(torch.hub, "download_url_to_file", torn)
     refused(ConnectionError, "truncated", None, "dino_resnet50")
     assert list(weights_dir.iterdir()) == []
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda _, path: torch.save(state, path))
+    with monkeypatch.context() as planted, pytest.raises(KeyboardInterrupt):  # at its end
+        planted.setattr(weights, "file_sha256", stop)
+        load_backbone("dino_resnet50", "cpu")
+    assert list(weights_dir.iterdir()) == []
     load_backbone("dino_resnet50", "cpu")
     file = weights_dir / "dino_resnet50_pretrain.pth"
     assert {path.name for path in weights_dir.iterdir()} == {file.name, f"{file.name}.sha256"}
@@ -290,20 +280,6 @@ def test_a_download_is_kept_only_when_it_is_whole(weights_dir, monkeypatch):
     load_backbone("dino_resnet50", "cpu")
     torch.save({key: value + 1 for key, value in state.items()}, file)  # another one in its place
     refused(ValueError, "is not the file that was downloaded: delete it", None, "dino_resnet50")
-
-
-def test_ctrl_c_at_the_end_of_a_download_leaves_no_file_without_its_hash(weights_dir, monkeypatch):
-    def stop(path):
-        raise KeyboardInterrupt
-
-    state = timm.create_model("resnet50", num_classes=0).state_dict()
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda _, path: torch.save(state, path))
-    with monkeypatch.context() as planted, pytest.raises(KeyboardInterrupt):
-        planted.setattr(weights, "file_sha256", stop)
-        load_backbone("dino_resnet50", "cpu")
-    assert list(weights_dir.iterdir()) == []
-    load_backbone("dino_resnet50", "cpu")
-    assert len(list(weights_dir.iterdir())) == 2
 
 
 def test_the_table_agrees_with_timm_and_with_the_published_figures():
@@ -412,13 +388,6 @@ def test_bfloat16_agrees_with_float32_where_the_cpu_gains_from_it():
     assert got.dtype == torch.float32 and not torch.equal(got, due)
     centre = due.mean(0)  # what all images share would hide a difference
     assert torch.cosine_similarity(got - centre, due - centre).mean() > 0.99
-
-
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32(monkeypatch, has_bf16):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                        lambda including_emulation=True: including_emulation or has_bf16)
-    assert backbones.gains_from_bf16(torch.device("cuda")) is has_bf16
 
 
 @pytest.mark.parametrize("name, options, said", [

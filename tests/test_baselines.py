@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture
+from toys import made_of
 
 from tsp_utils.metrics import clustering_metrics
 from tsp_utils.scaling import scale_features
 from tsp_utils.study.baselines import KMEANS, MIXTURE, REDUCED, SPECTRAL, run_baseline
-from tsp_utils.study.feature_sets import FeatureSet
 from tsp_utils.study.profile import load_study
-
-
-def made_of(features, labels) -> FeatureSet:
-    return FeatureSet("made up", "test", "none", features.astype(np.float32), labels, ("0", "1"))
-
 
 pytestmark = pytest.mark.usefixtures("own_folders")
 STUDY = replace(load_study("tiny"), n_seeds=2)

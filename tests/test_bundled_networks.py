@@ -16,22 +16,15 @@ from experiments.what_ships import C5_CLASSES, PRETRAINED, VECTOR_BACKBONES, bun
 from tsp_utils.backbones import BACKBONES, load_backbone
 from tsp_utils.datasets import ImageDataset, load_dataset
 from tsp_utils.features import cached_features
-from tsp_utils.files.paths import REPOSITORY, bundled_dir, data_dir
+from tsp_utils.files.paths import REPOSITORY, bundled_dir, data_dir, shipped_records
 from tsp_utils.neighbors import knn_accuracy, label_consistency, nearest_neighbors
+from tsp_utils.networks.registry import model_card
 from tsp_utils.study.feature_sets import load_vectors
 
 each = pytest.mark.parametrize("name", PRETRAINED)
 OF_PATCHES = {"patch_kmeans": 2_000_000, "invariant_patches": 3_600_000}  # most bytes
 with_the_dictionaries = pytest.mark.parametrize("name", [*OF_PATCHES, *PRETRAINED])
 random_images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), np.uint8)
-
-
-def card(name: str) -> dict:
-    return json.loads((bundled_dir() / f"{name}.json").read_text())
-
-
-def readouts(name: str) -> list[dict]:
-    return json.loads((bundled_dir() / "readouts" / f"{name}.json").read_text())
 
 
 def knn_of_the_vectors(name: str) -> float:
@@ -56,14 +49,15 @@ def test_the_file_is_small_and_the_one_on_its_card(name):
     network = load_backbone(name, device="cpu")
     assert network(random_images[:2]).shape == (2, network.spec.dim)
     if name == "patch_kmeans":
-        written = card(name)
+        written = model_card(name)
         assert network.model.atoms.shape == (written["atoms"], 108)
         assert network.spec.dim == written["dim"]
         assert written["knn"]["cifar10, train to test"] >= 64
 
 
 def test_the_projection_that_ships_has_the_settings_of_its_card_and_a_figure_that_serves():
-    written, network = card("invariant_patches"), load_backbone("invariant_patches", device="cpu")
+    written = model_card("invariant_patches")
+    network = load_backbone("invariant_patches", device="cpu")
     assert network.model.sizes == written["sizes"]
     assert network.model.filters_8.shape == (written["atoms"], 192)
     assert network.model.axes.shape == (9 * 2 * written["atoms"], written["dim"])
@@ -73,7 +67,7 @@ def test_the_projection_that_ships_has_the_settings_of_its_card_and_a_figure_tha
 
 @each
 def test_the_card_is_of_the_arm_in_the_table(name):
-    arm, written = ARMS[name], card(name)
+    arm, written = ARMS[name], model_card(name)
     assert written["images_seen"] == arm.budget_images and written["seed"] == arm.seed
     assert written["source"] == arm.source
     assert written["recipe"] == json.loads(json.dumps(vars(arm.recipe)))
@@ -92,7 +86,7 @@ def test_fashion_mnist_figure_of_the_card(name):
     images = load_dataset("fashion-mnist", "test")
     features = cached_features(load_backbone(name, "cpu"), images, progress=False)
     found = 100 * knn_accuracy(features, images.labels)
-    assert found == pytest.approx(card(name)["knn"]["fashion-mnist test, leave-one-out"],
+    assert found == pytest.approx(model_card(name)["knn"]["fashion-mnist test, leave-one-out"],
                                   abs=0.1 if name in OF_PATCHES else 0.5)
 
 
@@ -112,12 +106,12 @@ def test_figures_of_the_card_that_want_images(name, data, scored):
     train, test = (images_at_hand(data, split) for split in ("train", scored))
     vectors = [cached_features(network, images, progress=False) for images in (train, test)]
     found = 100 * knn_accuracy(vectors[0], train.labels, vectors[1], test.labels)
-    assert found == pytest.approx(card(name)["knn"][f"{data}, train to {scored}"], abs=0.5)
+    assert found == pytest.approx(model_card(name)["knn"][f"{data}, train to {scored}"], abs=0.5)
 
 
 @each
 def test_read_outs_are_of_three_checkpoints_and_agree_with_the_vectors(name):
-    records = readouts(name)
+    records = shipped_records(name)
     assert [record["checkpoint"] for record in records][-3:] == ["quarter", "half", "final"]
     assert all(len(record["head"]["acc"]) == 10 for record in records)
     assert knn_of_the_vectors(name) == pytest.approx(records[-1]["knn_leave_one_out"], abs=0.1)
@@ -135,7 +129,7 @@ def test_the_table_of_the_arms_of_a_gpu_is_their_records(name):
     page = (REPOSITORY / "docs" / "pretraining.md").read_text()
     scores = r"(\S+ \+- \S+) \| (\S+ \+- \S+) \|$"
     rows = re.findall(rf"^\| `{name}` \| (\w+).* \| (.+) \| ([\d.]+) \| " + scores, page, re.M)
-    records = readouts(name)
+    records = shipped_records(name)
     assert len(rows) == len(records)
     for (mark, at_home, consistency, *accuracies), record in zip(rows, records, strict=True):
         acc = [np.array(record[method]["acc"]) for method in ("k-means", "head")]
@@ -156,7 +150,8 @@ def test_the_page_of_the_search_is_its_record():
              f"{r['head'][0]:.1f} +- {r['head'][1]:.1f} |" for r in record["library"]]
     assert (len(tried), len(ended), len(ships)) == (23, 4, 3)
     assert all(row in page for row in tried + ended + ships)
-    assert record["library"][0]["knn"] == card("invariant_patches")["knn"]["cifar10, train to test"]
+    knn = model_card("invariant_patches")["knn"]["cifar10, train to test"]
+    assert record["library"][0]["knn"] == knn
     vectors = load_vectors("cifar10", "invariant_patches")
     found = label_consistency(nearest_neighbors(vectors.features, 20), vectors.labels)[-1]
     assert 100 * found == pytest.approx(record["library"][0]["cons"], abs=0.01)
@@ -230,8 +225,7 @@ def finished_arms(monkeypatch, tmp_path, own_folders):
     return tmp_path / "bundled"
 
 
-def test_a_finished_arm_is_bundled_and_another_seed_leaves_its_read_outs(finished_arms,
-                                                                         monkeypatch):
+def test_a_finished_arm_is_bundled_of_another_seed_its_read_outs(finished_arms, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(what_ships, "knn_readouts", lambda network: 1 / 0)
         bundle_backbone("vit_nano")

@@ -99,8 +99,7 @@ def both_codes(module):
         ('"""A module."""', '"""A module.\n\nWith more lines, so that all others move.\n"""'),
         ('return "a network"', 'return "one"'))),
 ])
-def test_what_is_called_counts_and_so_do_the_constants_it_names_and_nothing_else(toy, old, new,
-                                                                                 changes):
+def test_what_is_called_and_the_constants_it_names_count_alone(toy, old, new, changes):
     before, after = both_codes(toy()), both_codes(toy(old, new))
     assert tuple(a != b for a, b in zip(before, after, strict=True)) == changes
 
@@ -281,8 +280,7 @@ def test_a_call_is_read_back_as_it_was_until_its_arguments_change(folder, made):
 teacher, network = np.arange(2), mock.Mock()
 
 
-def test_what_a_function_takes_from_around_it_counts_and_an_attribute_of_its_name_does_not(
-        folder, made):
+def test_what_a_function_takes_from_around_it_counts(folder, made):
     around = np.arange(3.0)
 
     def scaled():

@@ -34,8 +34,7 @@ def at_hand(monkeypatch):
     (["efficientnet_lite0"], "efficientnet_lite0", "WITH ImageNet's labels, since DINO"),
     ([], "invariant_patches", "sees 32 px of images that are about 120 px wide: DINO's"),
 ])
-def test_photos_get_the_first_network_that_can_be_had_and_the_reason_says_what_is_lost(
-        at_hand, there, chosen, reason):
+def test_photos_get_the_first_network_that_can_be_had_and_a_reason(at_hand, there, chosen, reason):
     at_hand[0].update(there)
     name, (why,) = choose_backbone("auto", 120)
     assert name == chosen and reason in why and why.endswith(".")

@@ -103,8 +103,7 @@ def test_nmi_or_ari_pointing_the_other_way_caps_a_verdict_and_one_pair_qualifies
     ([1.0, float("nan")], {}, "finite"), ([1.0, float("inf")], {}, "finite"),
     ([[1.0, 2.0]], {}, "finite"), (NOISE, dict(nmi=NOISE[:3]), r"as many .* \(4\)"),
     (np.tile(NOISE, 3), dict(unit="backbone", n_pretrain=3), "one difference a pair")])
-def test_failed_seeds_other_pairs_metrics_and_heads_as_networks_are_refused(differences, more,
-                                                                            sentence):
+def test_what_is_not_paired_or_counted_as_the_rules_say_is_refused(differences, more, sentence):
     with pytest.raises(ValueError, match=sentence):
         decide(differences, 2, **more)
 

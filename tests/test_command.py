@@ -2,19 +2,18 @@
 
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from readings import ROOT
 
 from experiments.__main__ import EXPERIMENTS
 from experiments.__main__ import parser as experiments
 from tsp_utils.__main__ import main, parser
 
-ROOT = Path(__file__).resolve().parent.parent
 needs_make = pytest.mark.skipif(shutil.which("make") is None or os.name == "nt",
                                 reason="needs make and a system with /bin/sh")
 
@@ -22,19 +21,6 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None or os.name == "nt",
 def call(*command, **options) -> subprocess.CompletedProcess:
     options = dict(cwd=ROOT, text=True, capture_output=True, timeout=120) | options
     return subprocess.run(command, **options)
-
-
-@pytest.fixture
-def failure(monkeypatch):
-    """What `python -m tsp_utils ARGUMENTS` exits with, in this process; a text is status 1."""
-    def of(*arguments) -> str:
-        monkeypatch.setattr(sys, "argv", ["tsp_utils", *arguments])
-        monkeypatch.delitem(sys.modules, "tsp_utils.__main__", raising=False)
-        with pytest.raises((SystemExit, KeyboardInterrupt)) as left:
-            runpy.run_module("tsp_utils", run_name="__main__")
-        return getattr(left.value, "code", left.value)  # Ctrl-C would end pytest
-
-    return of
 
 
 def is_one_sentence(text: str) -> bool:
@@ -58,9 +44,8 @@ def test_help_lists_every_command_and_each_target(helps, names):
     ("reproduce --profile ofline", "'ofline' is not known; the nearest one is 'offline'"),
     ("reproduce --profile tiny --set n_neighbor=5", "nearest one is 'n_neighbors'"),
     ("figures --profile tiny", "run make reproduce PROFILE=tiny first")])
-def test_what_cannot_be_done_ends_in_one_sentence(failure, own_folders, capsys, arguments,
-                                                  sentence):
-    error = failure(*arguments.split())
+def test_what_cannot_be_done_is_one_sentence(left_by, own_folders, capsys, arguments, sentence):
+    error = left_by(*arguments.split())
     assert is_one_sentence(error) and sentence in error and capsys.readouterr().out == ""
     assert not (ROOT / "figures" / "tiny").exists()
 
@@ -75,18 +60,17 @@ def test_what_is_no_command_is_refused(parse, arguments, capsys):
 
 
 @pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (MemoryError("no"), None)])
-def test_ctrl_c_and_too_little_memory_are_one_sentence(failure, monkeypatch, capsys, error, status):
+def test_ctrl_c_and_too_little_memory_are_one_sentence(left_by, monkeypatch, capsys, error, status):
     def stops(*_, **__):
         raise error
 
     monkeypatch.setattr("tsp_utils.study.runner.reproduce", stops)
-    code = failure("reproduce")
+    code = left_by("reproduce")
     assert code == (status or "error: no")
     assert capsys.readouterr().err.count("\n") == bool(status)
 
 
-def test_reproduce_passes_its_arguments_on_reports_and_fails_in_one_sentence(failure, monkeypatch,
-                                                                            capsys):
+def test_reproduce_passes_arguments_on_and_fails_in_one_sentence(left_by, monkeypatch, capsys):
     calls = []
 
     def reproduce(profile, force, jobs):
@@ -97,7 +81,7 @@ def test_reproduce_passes_its_arguments_on_reports_and_fails_in_one_sentence(fai
             raise RuntimeError("01_b.ipynb failed in code cell 3")
 
     monkeypatch.setattr("tsp_utils.study.runner.reproduce", reproduce)
-    assert failure("reproduce") == "error: 01_b.ipynb failed in code cell 3"
+    assert left_by("reproduce") == "error: 01_b.ipynb failed in code cell 3"
     capsys.readouterr()
     assert main(["reproduce", "--profile", "tiny", "--set", "n_seeds=1", "n_neighbors=5",
                  "--force", "--jobs", "3"]) == 0

@@ -111,10 +111,10 @@ def test_a_toy_run_learns_without_labels():
         return knn_accuracy(encode(run, images[::2]), data.labels[::2])
 
     untrained = knn(Contrastive(images, recipe))
-    run = pretrain_contrastive(images, recipe, budget_images=18_000, n_reports=4)
+    run = pretrain_contrastive(images, recipe, budget_images=10_000, n_reports=4)
     assert knn(run) > untrained + 0.03
     assert run.log[-1]["loss"] < run.log[0]["loss"] < math.log(199)
-    assert [entry["images_seen"] for entry in run.log] == [4500, 9000, 13_500, 18_000]
+    assert [entry["images_seen"] for entry in run.log] == [2500, 5000, 7500, 10_000]
 
 
 def test_a_seed_gives_the_same_weights_and_looking_changes_nothing():
@@ -128,12 +128,8 @@ def test_a_seed_gives_the_same_weights_and_looking_changes_nothing():
 
 
 @pytest.mark.parametrize("images, changed, budget, sentence", [
-    (IMAGES, {}, 0, "budget is empty"),
-    (IMAGES[:1], {}, 10, "1 image is too few"),
-    (IMAGES[..., :1], {}, 10, "resize them first"),
-    (IMAGES / 255, {}, 10, "are float64; pass uint8"),
-    (IMAGES, dict(optimizer="adam"), 10, "unknown optimizer 'adam': pass sgd or adamw"),
-])
+    (IMAGES, {}, 0, "budget is empty"), (IMAGES[:1], {}, 10, "1 image is too few"),
+    (IMAGES, dict(optimizer="adam"), 10, "unknown optimizer 'adam': pass sgd or adamw")])
 def test_bad_input_is_refused(images, changed, budget, sentence):
     with pytest.raises(ValueError, match=sentence):
         pretrain_contrastive(images, replace(TINY, **changed), budget_images=budget)
@@ -144,7 +140,9 @@ def test_a_run_that_diverges_says_so():
         pretrain_contrastive(IMAGES, replace(TINY, learning_rate=1e30), budget_images=320)
 
 
-def test_an_arm_by_contrast_leaves_weights_that_load_and_a_log(monkeypatch, own_folders):
+def test_an_arm_by_contrast_leaves_weights_that_load_and_a_log(monkeypatch, tmp_path):
+    for place in ("experiments.arms", "tsp_utils.networks.registry"):
+        monkeypatch.setattr(f"{place}.runs_dir", lambda: tmp_path)
     monkeypatch.setattr(arms, "load_dataset", images_of)
     monkeypatch.setitem(ARMS, "tiny", Arm(TINY, ("cifar10",), 320))
     folder = pretrain_arm("tiny")

@@ -5,6 +5,7 @@
 
 import os
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,12 +14,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from simulated_device import Device, set_up
-from sklearn.cluster import KMeans
-from sklearn.datasets import make_blobs
 from test_pretrain import IMAGES, TINY
+from toys import CENTERS, FEATURES, NEIGHBORS
 
 import experiments.extract
-from tsp_utils import backbones, cache, features, init_heads, kmeans, nearest_neighbors
+from tsp_utils import backbones, cache, features, init_heads, nearest_neighbors
 from tsp_utils import train_heads as train
 from tsp_utils.backbones import load_backbone
 from tsp_utils.datasets import ImageDataset
@@ -26,21 +26,12 @@ from tsp_utils.heads import LinearHeads
 from tsp_utils.k_means import _kmeans_on, _lloyd
 from tsp_utils.losses import tsp_loss
 from tsp_utils.neighbors import METRICS
-from tsp_utils.networks.patch_kmeans import PatchKMeans
-from tsp_utils.pretraining import dino
 from tsp_utils.pretraining.dino import Dino
-from tsp_utils.pretraining.multi_crop import constant, multi_crop
-from tsp_utils.scaling import scale_features
+from tsp_utils.pretraining.multi_crop import constant
 from tsp_utils.systems.finetune import finetune
-from tsp_utils.systems.other_losses import Step
 from tsp_utils.systems.rivals import RIVALS, train_rival
 
 pytestmark = pytest.mark.usefixtures("one_thread", "simulated")
-
-BLOBS, _ = make_blobs(600, 16, centers=5, cluster_std=3.0, random_state=0)
-FEATURES = scale_features(BLOBS)
-NEIGHBORS = nearest_neighbors(FEATURES, 10)
-CENTERS = kmeans(FEATURES, 5, [0, 1]).centers
 
 
 @pytest.fixture(scope="module")
@@ -127,15 +118,6 @@ def test_k_means_reads_back_whether_it_stands_at_every_tenth_iteration():
                                   _kmeans_on("cpu", FEATURES, 5, [0, 1], n_init=2).centers)
 
 
-@pytest.mark.parametrize("tolerance", [0.0, 1e-4, 3e-3, 0.1])
-def test_k_means_ends_where_scikit_learns_does_though_it_looks_later(tolerance):
-    start = FEATURES[np.random.default_rng(0).choice(600, 5, replace=False)]
-    theirs = KMeans(5, init=start, n_init=1, tol=tolerance, algorithm="lloyd").fit(FEATURES)
-    centers, *_ = _lloyd(torch.from_numpy(FEATURES), torch.from_numpy(start),
-                         tolerance * FEATURES.var(0).mean())
-    np.testing.assert_allclose(centers, theirs.cluster_centers_, rtol=1e-3, atol=1e-4)
-
-
 def test_clusters_without_samples_take_the_farthest_in_turn():
     x = torch.tensor([[0.0], [1.0], [2.0], [9.0]])
     start = torch.tensor([[50.0], [1.0], [60.0]])  # only the second has any; 9 is farthest, then 0
@@ -165,26 +147,16 @@ def test_neighbours_of_the_device_are_searched_again_where_float32_cannot_tell_t
     np.testing.assert_array_equal(there.distances, here.distances)
 
 
-class AtOnce:
+def at_once(*_):
     """In place of a pool: a dispatch mode is of one thread."""
-
-    def __init__(self, *_):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *arguments):
-        return SimpleNamespace(result=lambda: function(*arguments))
+    return nullcontext(SimpleNamespace(submit=lambda function, *arguments: SimpleNamespace(
+        result=lambda: function(*arguments))))
 
 
 @pytest.fixture
 def extracting(monkeypatch):
     """Extraction in one thread, and without inference mode, which tensors of a test cannot take."""
-    monkeypatch.setattr(features, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(features, "ThreadPoolExecutor", at_once)
     monkeypatch.setattr(backbones.Backbone, "encode",
                         torch.no_grad()(backbones.Backbone.encode.__wrapped__))
 
@@ -237,47 +209,6 @@ def test_a_step_of_dino_waits_for_nothing_and_an_epoch_for_its_order(recipe, mon
         assert device.waits == {"to the device": 1}
         np.testing.assert_allclose([float(loss) for loss in losses], expected, rtol=1e-4)
     constant.cache_clear()
-
-
-@pytest.mark.parametrize("wait", PLANTED.values(), ids=PLANTED)
-def test_what_waits_in_a_step_of_dino_is_seen(wait, monkeypatch):
-    loss = dino.dino_loss
-    monkeypatch.setattr(dino, "dino_loss", lambda student, *others: (
-        wait(student.detach().softmax(-1)), loss(student, *others))[1])
-    with Device() as device:
-        run = dino_there(monkeypatch)
-        run.step(0.3)
-        device.waits.clear()
-        run.step(0.3)
-        assert sum(device.waits.values()) == 1
-    constant.cache_clear()
-
-
-@pytest.mark.parametrize("method", RIVALS)
-def test_heads_and_losses_make_their_tensors_where_the_features_are(method):
-    """On meta nothing is computed, and a tensor of the CPU among the others is an error."""
-    rival = RIVALS[method]
-    heads = rival.heads(FEATURES, 5, [0, 1], CENTERS).to("meta")
-    x = torch.empty(2, 2, 32, 16, device="meta")
-    step = Step(heads, torch.empty(600, 16, device="meta"), x[:, 0], x[:, 1], 0.5)
-    logits = heads(x.flatten(1, 2)).mT.contiguous()
-    value = rival.loss(*logits.split(32, 2), step)
-    value.sum().backward()
-    assert value.shape == (2,) and value.is_meta
-    assert all(weight.grad is None or weight.grad.is_meta for weight in heads.parameters())
-
-
-def test_crops_patches_and_the_loss_of_dino_make_their_tensors_where_the_images_are():
-    images = torch.empty(6, 3, 32, 32, dtype=torch.uint8, device="meta")
-    assert [(crops.shape[0], crops.is_meta) for crops in multi_crop(images, TINY, None)] == [
-        (12, True), (6 * TINY.n_local, True)]
-    found = dino.dino_loss(torch.empty(4, 6, 64, device="meta"),
-                           torch.empty(2, 6, 64, device="meta"), torch.empty(64, device="meta"),
-                           0.1, 0.04)
-    assert found.is_meta
-    network = load_backbone("patch_kmeans", "cpu").model
-    assert isinstance(network, PatchKMeans)
-    assert network.to("meta")(images.float()).shape == (6, 256)
 
 
 @pytest.mark.parametrize(("bf16", "dtype", "expected"), [

@@ -205,8 +205,7 @@ def test_the_key_changes_with_weights_transform_and_dtype(tmp_path):
     (with_nan, ValueError, "plain gave NaN or infinite features, first in row 63"),
     *((partial(raise_, error), type(error), f"^{error}$") for error in (
         KeyboardInterrupt(), RuntimeError("out of memory"), OSError("a torn JPEG")))])
-def test_after_an_error_which_is_its_own_only_the_remaining_rows_are_made(tmp_path, stop, kind,
-                                                                          said):
+def test_after_an_error_only_the_remaining_rows_are_made(tmp_path, stop, kind, said):
     with pytest.raises(kind, match=said):
         kept(tmp_path, images_of(105), Plain(stop_after=60, stop=partial(stop)))
     made_again(tmp_path, images_of(105), 45)
@@ -232,8 +231,7 @@ def test_a_killed_process_leaves_rows_that_the_next_goes_on_from(tmp_path):
     ("json", lambda content: content.replace(b'"plain"', b'"other"'), 100, True),
     ("sums", None, 100, False),
 ])
-def test_rows_that_do_not_match_are_named_and_made_again(tmp_path, caplog, kind, damage, lost,
-                                                         named):
+def test_rows_that_do_not_match_are_made_again(tmp_path, caplog, kind, damage, lost, named):
     kept(tmp_path, images_of())
     (path,) = tmp_path.glob(f"*.{kind}")
     content = path.read_bytes()

@@ -9,16 +9,9 @@ import pytest
 import torch
 from scipy.special import softmax
 from sklearn.cluster import KMeans
-from sklearn.datasets import make_blobs
+from toys import BLOBS, CLASSES, FEATURES, NEIGHBORS
 
-from tsp_utils import (
-    clustering_metrics,
-    init_heads,
-    kmeans,
-    nearest_neighbors,
-    neighbor_weights,
-    tsp_loss,
-)
+from tsp_utils import clustering_metrics, init_heads, kmeans, neighbor_weights, tsp_loss
 from tsp_utils import train_heads as train
 from tsp_utils.heads import best_head, draw_pairs
 from tsp_utils.k_means import _kmeans_on, _lloyd
@@ -26,9 +19,6 @@ from tsp_utils.neighbors import Neighbors
 from tsp_utils.scaling import Scaler, scale_features
 from tsp_utils.systems.mlp_heads import MLPHeads
 
-BLOBS, LABELS = make_blobs(600, 16, centers=5, cluster_std=3.0, random_state=0)
-FEATURES = scale_features(BLOBS)
-NEIGHBORS = nearest_neighbors(FEATURES, 10)
 RNG = np.random.default_rng(0)
 
 
@@ -158,19 +148,19 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(ask, sentence):
     assert "\n" not in str(refused.value)
 
 
-def test_k_means_of_torch_is_scikit_learns_from_the_same_start():
-    """What runs on a GPU, here on the CPU."""
-    rng = np.random.default_rng(0)
-    start = FEATURES[rng.choice(600, 5, replace=False)]
-    theirs = KMeans(5, init=start, n_init=1).fit(FEATURES)
-    centers, clusters, inertia = _lloyd(torch.from_numpy(FEATURES), torch.from_numpy(start), 0.0)
+@pytest.mark.parametrize("tolerance", [0.0, 1e-4, 3e-3, 0.1])
+def test_k_means_of_torch_ends_where_scikit_learns_does(tolerance):
+    """What runs on a GPU, which looks at every tenth iteration alone whether it stands."""
+    start = FEATURES[np.random.default_rng(0).choice(600, 5, replace=False)]
+    theirs = KMeans(5, init=start, n_init=1, tol=tolerance, algorithm="lloyd").fit(FEATURES)
+    centers, clusters, inertia = _lloyd(torch.from_numpy(FEATURES), torch.from_numpy(start),
+                                        tolerance * FEATURES.var(0).mean())
     np.testing.assert_allclose(centers, theirs.cluster_centers_, rtol=1e-3, atol=1e-4)
     assert (clusters == theirs.labels_).mean() > 0.99
     assert inertia == pytest.approx(theirs.inertia_, rel=1e-4)
-    far = start.copy()
-    far[0] = 100  # nobody's nearest centre: it takes a far sample and ends with some
-    _, clusters, _ = _lloyd(torch.from_numpy(FEATURES), torch.from_numpy(far), 0.0)
-    assert len(np.unique(clusters)) == 5
+
+
+def test_the_best_of_ten_starts_is_scikit_learns():
     runs = _kmeans_on("cpu", FEATURES, 5, [0, 1], n_init=10)
     best = KMeans(5, n_init=10, random_state=0).fit(FEATURES).inertia_
     assert runs.inertia.min() == pytest.approx(best, rel=1e-2) and runs.centers.shape == (2, 5, 16)
@@ -200,7 +190,7 @@ def test_a_head_learns_and_is_the_same_alone_or_among_others(make):
     torch.testing.assert_close(together.weight[2], alone.weight[0], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(together.weight[1], together.weight[2], atol=1e-3)
     assert (loss[-1] < loss[0] - 0.5).all()
-    assert clustering_metrics(LABELS, alone.predict(FEATURES)[0])["acc"] > 0.7
+    assert clustering_metrics(CLASSES, alone.predict(FEATURES)[0])["acc"] > 0.7
 
 
 def test_training_equals_a_plain_loop_with_nn_linear():
@@ -252,7 +242,7 @@ def test_training_finds_the_blobs_and_records_its_curves():
     assert (of_batches <= curves["entropy"] + 1e-5).all()  # concavity
     np.testing.assert_allclose(of_batches, curves["entropy"], rtol=0.05)
     for clusters in heads.predict(FEATURES):
-        assert clustering_metrics(LABELS, clusters)["acc"] > 0.9
+        assert clustering_metrics(CLASSES, clusters)["acc"] > 0.9
     least = train_heads(init_heads(FEATURES, 5, [0]), max_epochs=1, min_steps=30)
     assert len(least.curves["loss"]) == 4  # 9 steps an epoch
 
@@ -260,7 +250,7 @@ def test_training_finds_the_blobs_and_records_its_curves():
 def test_no_entropy_term_collapses_and_says_so():
     heads = init_heads(FEATURES, 5, seeds=[0], init="random")
     with pytest.warns(UserWarning, match=r"seed 0 ended with \d of 5 clusters"):
-        train_heads(heads, entropy_weight=0.0, max_epochs=300)
+        train_heads(heads, entropy_weight=0.0, max_epochs=60, learning_rate=0.05)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train_heads(init_heads(FEATURES, 5, seeds=[0]))

@@ -107,8 +107,7 @@ def test_a_method_that_cannot_run_stops_no_other_and_a_fault_is_not_hidden(study
         compared(study, "scan", "k-means")
 
 
-def test_training_does_not_depend_on_what_is_scored_and_does_on_the_loss(
-        study, sets, trainings, monkeypatch):
+def test_training_depends_on_the_loss_not_on_what_is_scored(study, sets, trainings, monkeypatch):
     fit, score = sets
     run_head(FeaturesToCluster(study, fit, score), "pica")
     run_head(FeaturesToCluster(study, fit, replace(score, features=score.features[:50])), "pica")

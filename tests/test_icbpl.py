@@ -3,16 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import make_blobs
 from sklearn.metrics.pairwise import rbf_kernel
+from toys import CENTERS, FEATURES
 
-from tsp_utils import kmeans
-from tsp_utils.scaling import scale_features
 from tsp_utils.systems.icbpl import ICBPLHeads, mmd2, simplex_centers
-
-BLOBS, LABELS = make_blobs(300, 16, centers=5, cluster_std=3.0, random_state=0)
-FEATURES = scale_features(BLOBS)
-CENTERS = kmeans(FEATURES, 5, [0, 1]).centers
 
 
 @pytest.mark.parametrize(("n_clusters", "dim"), [(2, None), (3, 2), (10, None), (10, 64),
@@ -63,7 +57,7 @@ def test_the_start_sends_each_k_means_centre_to_its_corner():
     assert (heads(torch.as_tensor(CENTERS, dtype=torch.float32)).argmax(-1)
             == torch.arange(5)).all()
     wide = ICBPLHeads(CENTERS, [0, 1], dim=12)
-    assert wide.embed(torch.as_tensor(FEATURES)).shape == (2, 300, 12)
+    assert wide.embed(torch.as_tensor(FEATURES)).shape == (2, 600, 12)
 
 
 def test_the_loss_is_the_sum_of_its_weighted_terms():

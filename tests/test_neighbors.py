@@ -35,8 +35,7 @@ def brute_force(features, k, metric):
 @pytest.mark.parametrize("dtype, factor", [
     (np.float32, 1), (np.float32, 1e20), (np.float32, 1e36), (np.float32, 1e-30),
     (np.float64, 1e60), (np.float64, 1e290), (np.float64, 1e-60), (np.float64, 1e-290)])
-def test_search_and_eq_4_equal_brute_force_whatever_the_factor_on_all_features(
-        metric, dtype, factor):
+def test_search_and_eq_4_equal_brute_force_at_any_factor(metric, dtype, factor):
     found = nearest_neighbors(FEATURES.astype(dtype) * dtype(factor), 7, metric)
     indices, distances = brute_force(FEATURES, 7, metric)
     assert (found.indices == indices).mean() > 0.999  # ties in float32 may swap

@@ -4,9 +4,7 @@ import errno
 import json
 import os
 import re
-import runpy
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +13,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from readings import ROOT
 
 from tsp_utils import backbones, datasets
+from tsp_utils.__main__ import main
 from tsp_utils.backbones import BACKBONES, Backbone, load_backbone
 from tsp_utils.neighbors import label_consistency, nearest_neighbors
 from tsp_utils.networks import weights
@@ -25,10 +25,10 @@ from tsp_utils.study import feature_sets, paper_mini, profile, training
 from tsp_utils.study.feature_sets import load_vectors
 from tsp_utils.study.published import TABLE_1
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["weights", "forward parity", "features", "k-NN", "label consistency", "K-means, split",
           "head, split", "K-means, all", "head, all"]
 SMALL = ["n_seeds=4", "max_epochs=1", "min_steps=5", "batch_size=32"]
+COMMAND = ["paper-mini", "--set", *SMALL]
 N_IMAGES = {"train": 45, "test": 42}  # of three colours
 ROW = "dino_vits16"
 pytestmark = pytest.mark.filterwarnings("ignore:Collapse", "ignore:Number of distinct")
@@ -235,8 +235,7 @@ DEPARTURES = {
 
 
 def test_every_gate_passes_where_nothing_departs(stand_ins, capsys, made):
-    from tsp_utils.__main__ import main
-    assert main(["paper-mini", "--set", *SMALL]) == 0
+    assert main(COMMAND) == 0
     (file,) = (stand_ins / "runs").glob("paper-mini*/paper_mini.json")
     written = json.loads(file.read_text())
     assert [(gate["stage"], gate["passed"]) for gate in written["gates"]] == [
@@ -280,9 +279,7 @@ def test_the_floors_are_the_bundled_dictionarys():
     assert list(paper_mini.FLOORS.values()) == [round(knn, 1), round(100 * share, 1)]
 
 
-def test_fewer_images_are_for_the_record_and_the_run_goes_on_where_asked(stand_ins, capsys,
-                                                                         monkeypatch):
-    from tsp_utils.__main__ import main
+def test_fewer_images_are_for_the_record(stand_ins, capsys, monkeypatch):
     pass_parity(monkeypatch)
     monkeypatch.setattr(paper_mini, "TABLE_1", TABLE_1)  # the paper's, from which these are far
     few = ["n_images=42", *SMALL]
@@ -303,15 +300,6 @@ def test_what_the_paper_has_no_row_of_is_refused_before_anything_is_fetched(othe
 # As a user meets it: one sentence, and the same command goes on.
 
 
-def left_by(monkeypatch, *arguments):
-    """What `python -m tsp_utils paper-mini` exits with, in this process; a text is status 1."""
-    monkeypatch.setattr(sys, "argv", ["tsp_utils", "paper-mini", "--set", *SMALL, *arguments])
-    monkeypatch.delitem(sys.modules, "tsp_utils.__main__", raising=False)
-    with pytest.raises((SystemExit, KeyboardInterrupt)) as left:
-        runpy.run_module("tsp_utils", run_name="__main__")
-    return getattr(left.value, "code", left.value)  # Ctrl-C would end pytest
-
-
 def raises(error):
     def function(*_, **__):
         raise error
@@ -324,19 +312,19 @@ def raises(error):
     (paper_mini, "knn_accuracy"), (paper_mini, "label_consistency"), (training, "kmeans"),
     (training, "train_heads")], strict=False))
 def test_ctrl_c_in_a_stage_is_one_sentence_and_the_same_command_goes_on(
-        stand_ins, made, monkeypatch, capsys, tmp_path, stage, where):
+        stand_ins, made, left_by, monkeypatch, capsys, tmp_path, stage, where):
     pass_parity(monkeypatch)
     monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
     if (made / "cache" / "features").exists():  # K-means and heads are made here in any case
         shutil.copytree(made / "cache" / "features", tmp_path / "cache" / "features")
     with monkeypatch.context() as planted:
         planted.setattr(*where, raises(KeyboardInterrupt))
-        assert left_by(planted) == 130
+        assert left_by(*COMMAND) == 130
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == (  # after bars, if there were any
         "stopped: what was finished is kept; the same command goes on") and "Traceback" not in err
     assert re.findall(r"^(\w.*): pass", out, re.M) == STAGES[:STAGES.index(stage)]
-    assert left_by(monkeypatch) == 0
+    assert left_by(*COMMAND) == 0
     assert re.findall(r"^(\w.*): pass", capsys.readouterr().out, re.M) == STAGES
 
 
@@ -375,10 +363,10 @@ def no_weights(error):
         MemoryError("Unable to allocate 2 GiB"))), r"^error: Unable to allocate 2 GiB$"),
 ], ids=["no network", "full disk, download", "half a file", "another hash", "full disk", "memory"])
 def test_a_bad_start_is_one_sentence_and_the_same_command_goes_on(
-        stand_ins, monkeypatch, fault, sentence):
+        stand_ins, left_by, monkeypatch, fault, sentence):
     pass_parity(monkeypatch)
     with monkeypatch.context() as planted:
         fault(planted, stand_ins)
-        code = left_by(planted)
+        code = left_by(*COMMAND)
     assert re.search(sentence, code) and code.startswith("error: ") and "\n" not in code
     assert first_to_fail() is None

@@ -22,7 +22,9 @@ from tsp_utils.study.ledger import COLUMNS
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.staleness import notebook_paths
 
-SETS = {"cifar10": (10, 32), "cifar100-20": (20, 32), "cifar100": (100, 32), "stl10": (10, 96)}
+# Classes, pixels, images of a split: few, since ViT-B sees every one at 224 px.
+SETS = {"cifar10": (10, 32, 64), "cifar100-20": (20, 32, 64), "cifar100": (100, 32, 110),
+        "stl10": (10, 96, 64)}
 WEIGHTS = {"dino_deitsmall16_pretrain.pth": "vit_small_patch16_224",
            "dino_vitbase16_pretrain.pth": "vit_base_patch16_224",
            "dino_resnet50_pretrain.pth": "resnet50"}
@@ -30,9 +32,9 @@ SMALL = ["n_images=110", "n_seeds=2", "max_epochs=1", "min_steps=5", "umap_point
          "full_seeds=false"]
 
 
-def write_images(folder, n_classes: int, size: int, rng) -> None:
-    """110 images in class folders: a colour a class, and noise."""
-    for i in range(110):
+def write_images(folder, n_classes: int, size: int, n: int, rng) -> None:
+    """Images in class folders: a colour a class, and noise."""
+    for i in range(n):
         color = np.random.default_rng(i % n_classes).integers(0, 256, 3)
         pixels = np.clip(color + rng.normal(0, 40, (size, size, 3)), 0, 255).astype(np.uint8)
         path = folder / f"class{i % n_classes:03d}" / f"{i:04d}.png"
@@ -44,9 +46,9 @@ def write_images(folder, n_classes: int, size: int, rng) -> None:
 def environment(tmp_path_factory):
     """Of a process that finds the stand-ins, and a cache of its own."""
     root, rng = tmp_path_factory.mktemp("paper"), np.random.default_rng(0)
-    for name, (n_classes, size) in SETS.items():
+    for name, kind in SETS.items():
         for split in ("train", "test"):
-            write_images(root / "data" / name / split, n_classes, size, rng)
+            write_images(root / "data" / name / split, *kind, rng)
     (root / "data" / "weights").mkdir()
     for file, architecture in WEIGHTS.items():
         torch.save(timm.create_model(architecture, num_classes=0).state_dict(),

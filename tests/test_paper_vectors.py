@@ -39,7 +39,7 @@ def blobs():
 
 
 @pytest.fixture
-def bundle(tmp_path, monkeypatch):
+def bundle(own_folders, tmp_path, monkeypatch):
     """A bundle of its own, with what ships in it; returns the folder of vectors."""
     (tmp_path / "bundled").mkdir()
     for shipped in bundled_dir().iterdir():
@@ -51,8 +51,6 @@ def bundle(tmp_path, monkeypatch):
         if shipped.name != NAME:
             (folder / shipped.name).symlink_to(shipped)
     monkeypatch.setattr(feature_sets, "bundled_dir", lambda: tmp_path / "bundled")
-    monkeypatch.setattr("tsp_utils.study.profile.runs_dir", lambda: tmp_path / "runs")
-    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TSP_DATA", str(tmp_path / "data"))
     return folder
 
@@ -62,8 +60,7 @@ def stored(path, tensors, card):
     return path
 
 
-def test_offline_s_lessons_use_what_was_taken_in_and_nothing_else_changes(
-        bundle, blobs, tmp_path, capsys):
+def test_offline_s_lessons_use_what_was_taken_in(bundle, blobs, tmp_path, capsys):
     offline, before = load_study("offline"), load_study("offline").cells()
     assert offline.backbone_for("cifar10") == "patch_kmeans"
     file = stored(tmp_path / "sent.safetensors", *blobs)
@@ -89,8 +86,7 @@ def test_offline_s_lessons_use_what_was_taken_in_and_nothing_else_changes(
     assert json.loads(record.read_text())["settings"]["fit"] == found.fingerprint
 
 
-def test_the_same_file_again_changes_nothing_and_another_is_not_put_in_its_place(
-        bundle, blobs, tmp_path):
+def test_another_file_is_not_put_in_the_place_of_the_first(bundle, blobs, tmp_path):
     tensors, card = blobs
     first = stored(tmp_path / "a.safetensors", tensors, card)
     second = stored(tmp_path / "b.safetensors", tensors, card | {"weights_sha256": "1e" * 32})
@@ -125,8 +121,7 @@ def changed(array, at, value):
     (None, {"backbone": "dino_vitb16"}, "'features': 'float16 [10000, 768]'"),
     (None, {"classes": '["a", "b"]'}, "does not name the classes of its data set in their order"),
     (None, {"weights_sha256": "0f"}, "lacks the SHA-256 of the file of weights")])
-def test_a_file_that_is_not_what_it_should_be_is_refused_in_one_sentence(
-        bundle, blobs, tmp_path, tensors, card, said):
+def test_another_file_is_refused_in_one_sentence(bundle, blobs, tmp_path, tensors, card, said):
     arrays = blobs[0] if tensors is None else tensors(*blobs[0].values())
     file = stored(tmp_path / "sent.safetensors", arrays, blobs[1] | card)
     with pytest.raises(ValueError) as refused:

@@ -9,6 +9,7 @@ import torch
 
 from tsp_utils.networks.patch_kmeans import PatchKMeans, normalised_patches
 from tsp_utils.pretraining.dictionary import _draw_patches, learn_patch_kmeans
+from tsp_utils.pretraining.invariant import learn_invariant_patches
 
 SMALL = dict(n_atoms=24, n_features=16, n_patches=4000, n_pca_images=600)
 
@@ -110,12 +111,12 @@ def test_same_seed_same_network_and_another_seed_another(learned):
     assert not torch.allclose(other.atoms, learned.atoms, atol=1e-2)
 
 
-def test_learning_takes_images_and_no_labels_and_refuses_others_in_a_sentence():
-    parameters = inspect.signature(learn_patch_kmeans).parameters
-    assert next(iter(parameters)) == "images"
-    assert not [name for name in parameters if "label" in name or "class" in name or name == "y"]
+@pytest.mark.parametrize("learn", [learn_patch_kmeans, learn_invariant_patches])
+def test_learning_takes_images_and_no_labels_and_refuses_others_in_a_sentence(learn):
+    parameters = inspect.signature(learn).parameters
     assert [p.name for p in parameters.values() if p.default is p.empty] == ["images"]
+    assert not [name for name in parameters if "label" in name or "class" in name or name == "y"]
     with pytest.raises(ValueError, match=r"shape \(600, 28, 28, 1\); resize them to 32 px"):
-        learn_patch_kmeans(np.zeros((600, 28, 28, 1), np.uint8))
+        learn(np.zeros((600, 28, 28, 1), np.uint8))
     with pytest.raises(ValueError, match=r"31 images are too few .* at least 32 images"):
-        learn_patch_kmeans(structured_images(31), **SMALL)
+        learn(structured_images(31), n_features=16)

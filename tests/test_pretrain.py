@@ -242,8 +242,7 @@ def test_a_checkpoint_goes_on_only_with_what_it_was_made_with(tmp_path, changed,
         pretrain_dino(**made)
 
 
-def test_neither_a_full_disk_nor_a_run_that_diverges_harms_the_last_checkpoint(
-        tmp_path, monkeypatch):
+def test_a_full_disk_or_divergence_harms_no_checkpoint(tmp_path, monkeypatch):
     path, run = tmp_path / "run.pt", Dino(IMAGES, TINY)
     save_run(run, path)
     before = path.read_bytes()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from readings import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text("utf-8"))

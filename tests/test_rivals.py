@@ -10,11 +10,10 @@ import torch
 from scipy.spatial.distance import cdist
 from scipy.special import log_softmax, softmax
 from scipy.stats import ttest_ind
-from sklearn.datasets import make_blobs
 from sklearn.metrics import mutual_info_score
+from toys import CENTERS, CLASSES, FEATURES, NEIGHBORS
 
-from tsp_utils import clustering_metrics, init_heads, kmeans, nearest_neighbors, train_heads
-from tsp_utils.scaling import scale_features
+from tsp_utils import clustering_metrics, init_heads, train_heads
 from tsp_utils.systems.other_losses import Step
 from tsp_utils.systems.rivals import RIVALS, CosineHeads, DECHeads, train_rival
 
@@ -22,10 +21,6 @@ S, C, B, D = 2, 4, 12, 6
 RNG = np.random.default_rng(0)
 X, Y = RNG.standard_normal((2, S, B, D))
 WEIGHT = RNG.standard_normal((S, C, D))
-BLOBS, LABELS = make_blobs(600, 16, centers=5, cluster_std=3.0, random_state=0)
-FEATURES = scale_features(BLOBS)
-NEIGHBORS = nearest_neighbors(FEATURES, 10)
-CENTERS = kmeans(FEATURES, 5, [0, 1]).centers
 
 
 def assert_loss_is(method, reference, **step):
@@ -201,7 +196,7 @@ def test_every_rival_trains_alone_as_among_others_and_lowers_its_loss(method):
     np.testing.assert_allclose(loss[1], alone_loss[0], rtol=1e-3, atol=1e-4)
     assert (heads.predict(FEATURES)[1] == alone.predict(FEATURES)[0]).mean() > 0.99
     if method not in ("dac", "dccm"):  # these leave the blobs for one cluster
-        assert clustering_metrics(LABELS, alone.predict(FEATURES)[0])["acc"] > 0.6
+        assert clustering_metrics(CLASSES, alone.predict(FEATURES)[0])["acc"] > 0.6
     if method not in ("temi", "icbpl", "dac", "secu"):  # what these ask for changes on the way
         assert train([0, 1], n_steps=600)[1].mean() < loss.mean()
 

@@ -4,23 +4,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from toys import three_blobs
 
 import tsp_utils as tsp
 from experiments import quality
 from tsp_utils.files.paths import shipped_records
 from tsp_utils.study import rungs
-from tsp_utils.study.feature_sets import FeatureSet
-
-
-def blobs(n: int = 300, noise: float = 3.0) -> FeatureSet:
-    rng = np.random.default_rng(0)
-    labels = np.arange(n) % 3
-    x = 4 * np.eye(3, 8)[labels] + noise * rng.standard_normal((n, 8))
-    return FeatureSet("blobs", "test", "noise", x.astype(np.float32), labels, ("a", "b", "c"))
 
 
 def test_a_shift_moves_the_means_apart_and_leaves_what_lies_within():
-    found = blobs()
+    found = three_blobs()
     better = rungs.shifted(found, 2.0)
     for c in range(3):
         rows = found.labels == c
@@ -28,11 +21,11 @@ def test_a_shift_moves_the_means_apart_and_leaves_what_lies_within():
         np.testing.assert_allclose(after - after.mean(0), before - before.mean(0), atol=1e-4)
         np.testing.assert_allclose(after.mean(0) - better.features.mean(0),
                                    3 * (before.mean(0) - found.features.mean(0)), atol=1e-4)
-    assert better.backbone == "simulated_shift_2_noise" and (better.labels == found.labels).all()
+    assert better.backbone == "simulated_shift_2_made up" and (better.labels == found.labels).all()
 
 
 def test_a_move_goes_to_the_mean_of_the_nearest_images_of_one_class():
-    found, k = blobs(60), 4
+    found, k = three_blobs(60), 4
     x, y = found.features, found.labels
     distance = np.linalg.norm(x[:, None] - x[None], axis=2)  # brute force
     np.fill_diagonal(distance, np.inf)
@@ -50,13 +43,13 @@ def test_a_move_goes_to_the_mean_of_the_nearest_images_of_one_class():
     lambda found: [rungs.shifted(found, s) for s in rungs.SHIFTS],
     lambda found: [rungs.moved(found, s) for s in rungs.SHARES]])
 def test_each_law_climbs_to_neighbours_that_agree(climb):
-    found = blobs(noise=6.0)
+    found = three_blobs(noise=6.0)
     ladder = [rungs.consistency(rung) for rung in climb(found)]
     assert ladder == sorted(ladder) and ladder[-1] > 70 > rungs.consistency(found)
 
 
 def test_a_class_with_too_few_images_is_refused_by_name():
-    found = blobs(30)
+    found = three_blobs(30)
     few = replace(found, labels=np.where(found.labels == 2, 1, found.labels))
     few.labels[:5] = 2
     with pytest.raises(ValueError, match="class c has 5 images; pass n_neighbors below"):
@@ -71,7 +64,7 @@ def test_merged_classes_are_those_that_are_the_largest_of_no_cluster():
 
 
 def test_a_rung_whose_clusters_are_the_classes_is_read_out_so(own_folders):
-    found = rungs.moved(blobs(noise=1.0), 0.0)
+    found = rungs.moved(three_blobs(noise=1.0), 0.0)
     study = replace(tsp.load_study("tiny"), n_seeds=3, max_epochs=0, min_steps=200,
                     batch_size=100, learning_rate=1e-2)
     read = rungs.read_rung(study, found)

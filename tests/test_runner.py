@@ -116,8 +116,7 @@ def test_only_what_changed_or_is_torn_runs_again_and_force_runs_all(folder, pape
     assert ran(folder, force=True) == ["00_a", "01_b", "02_c"]
 
 
-def test_a_changed_profile_library_or_bundled_file_runs_again(folder, papermill, tmp_path,
-                                                             monkeypatch):
+def test_a_changed_profile_library_or_weights_run_again(folder, papermill, tmp_path, monkeypatch):
     write(folder, "00_a")
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "a").write_bytes(b"old")
@@ -146,8 +145,7 @@ def test_a_changed_profile_library_or_bundled_file_runs_again(folder, papermill,
     ("stl10", "stl10_binary/test_X.bin", "stl10_binary/train_X.bin"),
     ("fashion-mnist", "FashionMNIST/raw/train-images-idx3-ubyte",
      "FashionMNIST/raw/train-labels-idx1-ubyte.gz")])
-def test_images_that_were_replaced_added_or_removed_run_again(folder, papermill, name, first,
-                                                              second):
+def test_images_that_are_others_run_again(folder, papermill, name, first, second):
     write(folder, "00_a", data=["study"])
     first, second = (Path(os.environ["TSP_DATA"]) / file for file in (first, second))
     profile = f"tiny datasets={name} protocol=split"
@@ -363,8 +361,7 @@ def test_one_run_at_a_time_and_a_stopped_one_leaves_no_kernel_no_lock_and_no_tra
     ("1 + 1", "import os, time; os.kill(os.getppid(), 9); time.sleep(60)",  # papermill's own
      "stopped because its process died"),
     ('"nbformat": 4', '"nbformat": 99', "could not be run: ")])
-def test_a_process_that_dies_and_a_notebook_that_cannot_be_run_are_named(folder, old, new,
-                                                                         sentence):
+def test_what_dies_or_cannot_be_run_is_named(folder, old, new, sentence):
     path = write(folder, "00_a")
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(RuntimeError, match=rf"^00_a\.ipynb {sentence}"):
@@ -467,8 +464,7 @@ def repository(folder, monkeypatch) -> Path:
     return folder.parent
 
 
-def test_refresh_writes_outputs_without_traces_of_the_run_which_shape_no_notebook(folder,
-                                                                                  repository):
+def test_refresh_writes_outputs_without_traces_of_the_run(folder, repository):
     path = write(folder, "00_a", "print(profile, 6 * 7)", "import sys\n"
                  "from tqdm import tqdm\nfor _ in tqdm(range(3), unit='image'):\n    pass\n"
                  "print('mind this', file=sys.stderr)\n"

@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from readings import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TOC = yaml.safe_load((ROOT / "docs" / "_toc.yml").read_text(encoding="utf-8"))
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 MAKERS = {"sphinx", "myst_nb", "furo", "sphinx_external_toc", "latex2mathml"}

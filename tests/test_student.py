@@ -1,25 +1,17 @@
 """The exercises and the students' copies: solutions pass, stubs fail, each in one sentence."""
 
-import importlib.util
 import json
 import re
-import sys
 from functools import cache
 from pathlib import Path
 
+import checks
+import make_student
 import nbformat
 import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from readings import PATHS, ROOT, cells_of, source_of
-
-sys.path.insert(0, str(ROOT / "notebooks"))  # where a kernel starts, and where checks.py lies
-
-import checks
-
-spec = importlib.util.spec_from_file_location("make_student", ROOT / "docs" / "make_student.py")
-make_student = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make_student)
 
 QUESTION = re.compile(r"### Exercise (\d) \((warm-up|code|break it on purpose|open)\)\n\n")
 

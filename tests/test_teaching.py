@@ -1,34 +1,26 @@
 """The lesson, its pictures and rehearsal, and the command that scores a student's loss."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
 
+import hero
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import rehearse
+import score_loss
+from readings import ROOT
 
 import tsp_utils as tsp
 from tsp_utils.study import head_comparison
 
 matplotlib.use("Agg")
-ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 LESSON_PAGE, MAP_PAGE = ((DOCS / name).read_text(encoding="utf-8")
                          for name in ("teaching.md", "where_tsp_sits.md"))
-
-
-def script(name: str):
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hero, rehearse, score_loss = script("hero"), script("rehearse"), script("score_loss")
 
 
 def figure(name: str) -> pd.DataFrame:
