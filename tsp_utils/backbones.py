@@ -1,4 +1,4 @@
-"""Backbones: frozen networks with their transform, loaded by the name they have in the table."""
+"""`load_backbone`: a frozen network with its transform, by the name it has in the registry."""
 
 import os
 from collections.abc import Iterable

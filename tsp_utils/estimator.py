@@ -1,4 +1,4 @@
-"""TSP as a scikit-learn clusterer: fit on features, predict for more of them."""
+"""TSP as a scikit-learn clusterer: heads that vote by their loss, fitted on features."""
 
 import warnings
 from numbers import Integral, Real

@@ -1,4 +1,4 @@
-"""The clustering head: one linear layer and a softmax, many seeds trained at once."""
+"""The clustering head: one linear layer and a softmax, from K-means on, many seeds at once."""
 
 import functools
 import itertools

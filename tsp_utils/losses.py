@@ -1,4 +1,4 @@
-"""Eq. 5, the clustering loss: neighbours agree, clusters stay in use.
+"""The clustering loss, Eq. 5: neighbours agree (log inner product), clusters stay in use (entropy).
 
 A loss takes logits and neighbours' logits [S, B, C] (S heads, B samples in a batch, C clusters) and
 returns its value [S] and its terms by name, each [S]: that is what `train_heads` trains on.

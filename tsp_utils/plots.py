@@ -1,4 +1,4 @@
-"""Figures: one style, a colour for each backbone; every plot_* draws into the axes it is given."""
+"""Figures: one style, the colours of backbones and methods; a plot_* draws into given axes."""
 
 import matplotlib.pyplot as plt
 import numpy as np

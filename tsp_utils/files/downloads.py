@@ -1,4 +1,4 @@
-"""Published files, as torchvision fetches and reads them."""
+"""Data sets in their published files, as torchvision fetches and reads them."""
 
 import errno
 import gzip

@@ -1,4 +1,4 @@
-"""Folders of images: listed, decoded, and labelled by the class folders they lie in."""
+"""Folders of images: listed, decoded upright, labelled by the class folders they lie in."""
 
 import contextlib
 import hashlib

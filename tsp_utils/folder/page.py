@@ -1,4 +1,4 @@
-"""The page about a clustered folder, one HTML file: which images it shows, and how."""
+"""The report on a clustered folder: what it holds, in which order; page.html.jinja is its look."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""The table of backbones, and how a name becomes one of its rows."""
+"""The table of backbones: another one is a row here; how a name becomes a row."""
 
 import json
 from collections.abc import Mapping

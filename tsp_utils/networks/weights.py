@@ -1,4 +1,4 @@
-"""Weights: found or downloaded, read in DINO's official formats, and loaded strictly."""
+"""Weights: found or downloaded, read in DINO's official formats, renamed, loaded strictly."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""The other systems as rivals of TSP: which loss trains which head, and the training of all."""
+"""The table of other systems' heads: which loss trains which; another head is a row here."""
 
 import math
 from collections.abc import Callable
