@@ -43,7 +43,7 @@ ARMS_THAT_DO_NOT_SHIP = ("resnet_contrast", "resnet_contrast_cifar10_4k", "vit_c
 FIRST_CLASSES = (3, 5)  # subsets of Fashion-MNIST: the task is easier and the features the same
 LABELLED = "efficientnet_lite0"
 STAGE_4 = 112  # channels
-LABELLED_AT = (("cifar10", 64), ("cifar10", 128), ("fashion-mnist", 64))  # pixels
+LABELLED_AT = (("cifar10", 64), ("cifar10", 128), ("cifar10", 224), ("fashion-mnist", 64))  # pixels
 SIMULATED_ON = (("cifar10", "patch_kmeans"), ("fashion-mnist", "patch_kmeans"))
 
 

@@ -74,13 +74,14 @@ def test_a_rung_whose_clusters_are_the_classes_is_read_out_so(own_folders):
     assert read["agreement"] == rungs.consistency(found)  # its clusters are the classes
 
 
-def test_simulated_rungs_are_marked_and_are_in_no_profile():
-    records = shipped_records("quality")
-    assert {record["kind"] for record in records} == {"real", "simulated"}
-    assert [record for record in records if (record["kind"] == "simulated")
-            != record["backbone"].startswith("simulated_")] == []
+def test_rungs_that_saw_labels_are_marked_and_are_in_no_profile():
+    records, marked = shipped_records("quality"), ("simulated", "labelled")
+    assert {record["kind"] for record in records} == {"real", *marked}
+    for record in records:
+        said = [kind for kind in marked if record["backbone"].startswith(f"{kind}_")]
+        assert said == [record["kind"]] * (record["kind"] in marked)
     for profile in ("offline", "small", "paper"):
-        assert not [b for b in tsp.load_study(profile).backbones if b.startswith("simulated")]
+        assert not [b for b in tsp.load_study(profile).backbones if b.startswith(marked)]
 
 
 def test_the_records_are_of_the_code_that_is_here():

@@ -83,7 +83,7 @@ def second_reading(cells: Sequence) -> pd.DataFrame:
         found, where = reading(cell), (cell.target, cell.backbone)
         quality = float(real["consistency"].get(where, np.nan))
         needed = power.get(cell.claim, np.nan)
-        powered = cell.claim in power and found not in ("reversed", "not tested")
+        powered = cell.claim in power and found not in ("holds", "reversed", "not tested")
         below = powered and not quality >= needed
         rows.append({
             "id": cell.claim, "cell": cell.cell, "backbone": cell.backbone, "target": cell.target,
