@@ -78,8 +78,11 @@ def test_the_curves_are_what_decide_says_of_the_same_draws():
 def test_what_features_are_too_poor_for_is_said_and_a_reversal_is_not_excused():
     found = second_reading([
         cell(*[0.0] * 9, 0.5), cell(*[-1.0] * 9, -1.2), cell(*[0.0] * 9, 0.5, claim="C11"),
-        cell(*[0.0] * 9, 0.5, target="nowhere")])
+        cell(*[0.0] * 9, 0.5, target="nowhere"), cell(*[0.0] * 9, 0.5, target="fashion-mnist"),
+        cell(*[0.0] * 9, 0.5, claim="C12"), cell(*[3.0] * 9, 3.5)])
     assert set(COMPARED) == {"C3", "C8", "C10", "C12"}
-    assert found["below_power"].tolist() == [True, False, False, True]
+    assert found["note"].tolist() == [
+        "below its power", "", "", "below its power", "", "holds on no rung", ""]
     assert found["consistency"][0] == pytest.approx(38.45) and np.isnan(found["consistency"][3])
-    assert found["consistency"][0] < found["power"][0] and np.isnan(found["power"][2])
+    assert found["consistency"][0] < found["power"][0] < found["consistency"][4]
+    assert found["power"].isna().tolist() == [False, False, True, False, False, True, False]

@@ -74,21 +74,24 @@ def reading(cell) -> str:
 
 
 def second_reading(cells: Sequence) -> pd.DataFrame:
-    """One row a cell of `Evidence`: both verdicts, its features' label consistency, its power."""
+    """One row a cell of `Evidence`: verdict, reading, its features' label consistency, its power.
+
+    note: "below its power", or "holds on no rung" where a claim has none; "" where neither counts.
+    """
     records = pd.DataFrame(shipped_records("quality"))
     real = records[records["setting"] == "the study's"].set_index(["dataset", "backbone"])
     power = power_of(power_curves())
     rows = []
     for cell in cells:
-        found, where = reading(cell), (cell.target, cell.backbone)
-        quality = float(real["consistency"].get(where, np.nan))
-        needed = power.get(cell.claim, np.nan)
-        powered = cell.claim in power and found not in ("holds", "reversed", "not tested")
-        below = powered and not quality >= needed
+        found, needed = reading(cell), power.get(cell.claim, np.nan)
+        quality = float(real["consistency"].get((cell.target, cell.backbone), np.nan))
+        note = ""
+        if cell.claim in power and found not in ("holds", "reversed", "not tested"):
+            note = ("holds on no rung" if np.isnan(needed) else
+                    "" if quality >= needed else "below its power")
         rows.append({
             "id": cell.claim, "cell": cell.cell, "backbone": cell.backbone, "target": cell.target,
             "mean": cell.verdict.mean, "low": cell.verdict.low, "high": cell.verdict.high,
             "margin": claim_of(cell.claim).margin, "verdict": cell.verdict.verdict,
-            "reading": found, "consistency": quality, "power": needed,
-            "below_power": bool(below)})
+            "reading": found, "consistency": quality, "power": needed, "note": note})
     return pd.DataFrame(rows)
