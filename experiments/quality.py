@@ -1,7 +1,7 @@
 """Notebook 11 in full: every rung of feature quality, ten seeds, under each setting of the head.
 
 Simulated rungs are a positive control: their features were moved by labels (`study.rungs`).
-Labelled rungs are a bound, as the paper's row "supervised" is: ImageNet's labels pretrained them.
+Labelled rungs are a comparison: ImageNet's labels pretrained their network.
 """
 
 import logging
@@ -27,7 +27,7 @@ from tsp_utils.study.training import code_of_heads
 logger = logging.getLogger(__name__)
 
 # What differs from the study's settings. The first is run on every rung, the next two on every
-# real one, all of them on CIFAR-10 under LESSONS, as they are or moved.
+# real and labelled one, all of them on CIFAR-10 under LESSONS, as they are or moved.
 SETTINGS = {
     "the study's": {}, "rate 1e-3": {"learning_rate": 1e-3}, "unit length": {"scaling": "l2"},
     "random start": {"init": "random"}, "K = 5": {"n_neighbors": 5},
@@ -60,7 +60,10 @@ class TwoDepths(nn.Module):
 
 
 def labelled(dataset: str, size: int) -> Iterator[FeatureSet]:
-    """Test images of a data set, enlarged to `size` pixels, as the labelled network sees them."""
+    """Test images of a data set, enlarged to `size` pixels, as the labelled network sees them.
+
+    Two sets: after the fourth of its five stages, and at its end. Needs the extra `photos`.
+    """
     spec = replace(find_spec(LABELLED), input_size=size, dim=None)
     network, images = load_backbone(spec), load_images(dataset, "test")
     network.model = TwoDepths(network.model).eval()
@@ -87,7 +90,10 @@ def rungs() -> Iterator[tuple[str, FeatureSet]]:
                 found, dataset=f"{dataset}, {n} classes", features=found.features[rows],
                 labels=found.labels[rows], classes=found.classes[:n])
     for dataset, size in LABELLED_AT:
-        yield from (("labelled", found) for found in labelled(dataset, size))
+        try:
+            yield from (("labelled", found) for found in labelled(dataset, size))
+        except (OSError, ImportError) as error:
+            logger.warning("Labelled rungs of %s at %d px are left out: %s", dataset, size, error)
     for name in ARMS_THAT_DO_NOT_SHIP:
         if (runs_dir() / "pretrain" / name / "final.safetensors").exists():
             yield "real", extract(name, load_images("cifar10", "test"))

@@ -44,7 +44,7 @@ def test_what_was_not_tested_stays_so_and_c7_asks_for_consistency_too():
     assert reading(cell(3.0, 3.1, unmet="no network")) == reading(cell(3.0)) == "not tested"
     falls = [9.0] * 4 + [9.5]
     assert reading(cell(*falls, claim="C7", falls=(5.0, 5.0, 5.1))) == "holds"
-    assert reading(cell(*falls, claim="C7", falls=(0.0, 5.0, -5.0))) == "inconclusive"
+    assert reading(cell(*falls, claim="C7", falls=(0.0, 5.0, -5.0))) == "undecided"
 
 
 def test_power_is_where_a_claim_holds_from_there_on_under_both_laws():
@@ -75,14 +75,20 @@ def test_the_curves_are_what_decide_says_of_the_same_draws():
         assert 0 < share < 1 or share == by_rule
 
 
-def test_what_features_are_too_poor_for_is_said_and_a_reversal_is_not_excused():
+def test_what_features_are_too_poor_for_is_said_and_a_reversal_is_not_excused(monkeypatch):
+    curves = power_curves()
+    poor = curves["consistency"].lt(60) & curves["claim"].eq("C3")
+    monkeypatch.setattr("tsp_utils.study.second_reading.power_curves",
+                        lambda: curves.assign(share=curves["share"].where(~poor, 0.5)))
     found = second_reading([
         cell(*[0.0] * 9, 0.5), cell(*[-1.0] * 9, -1.2), cell(*[0.0] * 9, 0.5, claim="C11"),
         cell(*[0.0] * 9, 0.5, target="nowhere"), cell(*[0.0] * 9, 0.5, target="fashion-mnist"),
         cell(*[0.0] * 9, 0.5, claim="C12"), cell(*[3.0] * 9, 3.5)])
     assert set(COMPARED) == {"C3", "C8", "C10", "C12"}
     assert found["note"].tolist() == [
-        "below its power", "", "", "below its power", "", "holds on no rung", ""]
+        "below its power", "", "", "", "", "holds on no rung", ""]
     assert found["consistency"][0] == pytest.approx(38.45) and np.isnan(found["consistency"][3])
     assert found["consistency"][0] < found["power"][0] < found["consistency"][4]
     assert found["power"].isna().tolist() == [False, False, True, False, False, True, False]
+    monkeypatch.setattr("tsp_utils.study.second_reading.power_curves", lambda: curves)
+    assert second_reading([cell(*[0.0] * 9, 0.5)])["note"].item() == ""  # every rung shows C3

@@ -57,8 +57,8 @@ def check_reachable(*urls: str, seconds: float = 8) -> None:
     answers: queue.Queue = queue.Queue()
 
     def ask(url: str) -> None:
-        call = urllib.request.Request(url, method="HEAD")
         try:
+            call = urllib.request.Request(url, method="HEAD")
             with contextlib.suppress(urllib.error.HTTPError):  # an answer: the download says more
                 urllib.request.urlopen(call, timeout=seconds).close()
             answers.put(None)

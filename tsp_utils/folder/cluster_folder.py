@@ -169,7 +169,10 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
 
 
 def features_of(network, folder: Path, paths: list[str], n_clusters: int):
-    """Features float32 of the images that can be read, and the `ReadableFiles`, all looked at."""
+    """Features float32 [N, D] of the N images that can be read, and the `ReadableFiles`.
+
+    Begins again where a file goes away meanwhile. Raises ValueError for too few images.
+    """
     files = ReadableFiles(folder, paths)
 
     def readable() -> np.ndarray:
@@ -267,7 +270,11 @@ def _check_number(folder: Path, n: int, n_clusters: int, n_unreadable: int = 0) 
 
 def check_out(folder: Path, out: Path, force: bool,
               names: tuple[str, ...] = ("clusters.csv", "report.html")) -> None:
-    """Make `out`; refuse results that are there and folders that cannot be written."""
+    """Make `out`; refuse results that are there and folders that cannot be written.
+
+    Raises ValueError (out lies among the images), FileExistsError, OSError. `out` may then be left
+    empty: whoever called it removes it.
+    """
     if out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{out} lies in the folder of the images, which is not to be changed: "
                          f"pass another folder as --out.")

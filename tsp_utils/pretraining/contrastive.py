@@ -10,6 +10,7 @@ from functools import partial
 
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -58,6 +59,8 @@ class Contrastive(Trainer):
 
     def __init__(self, images, recipe: ContrastiveRecipe, seed: int = 0, device: str = "cpu",
                  dtype: torch.dtype = torch.float32, compiled: bool = False):
+        if dist.is_initialized():
+            raise ValueError("Learning by contrast takes one process; run it without torchrun.")
         super().__init__(images, recipe, seed, device, dtype)
         if recipe.optimizer not in OPTIMIZERS:
             raise ValueError(f"unknown optimizer {recipe.optimizer!r}: pass sgd or adamw")

@@ -45,6 +45,7 @@ def learn_patch_kmeans(images, n_atoms=1536, n_features=256, n_patches=400_000,
 
 
 def to_float(images: np.ndarray) -> torch.Tensor:
+    """uint8 [N, H, W, C] -> float32 [N, C, H, W] in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
 
 

@@ -16,7 +16,10 @@ class Trainer:
     """One run: its images, what it has seen of them and in what time. `step` is the subclass's."""
 
     def __init__(self, images, recipe, seed: int, device: str, dtype: torch.dtype):
-        """images uint8 [N, H, W, 3]; dtype bfloat16 means autocast."""
+        """images uint8 [N, H, W, 3]; dtype bfloat16 means autocast.
+
+        Raises ValueError for images of another shape or type, and for fewer than two.
+        """
         if getattr(images, "ndim", 0) != 4 or images.shape[3] != 3:
             raise ValueError("Pretraining takes images uint8 [N, H, W, 3] of one size; resize them "
                              "first.")

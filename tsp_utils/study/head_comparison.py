@@ -1,4 +1,4 @@
-"""Every head of the table in `systems.rivals` on the same features: tuned without labels, scored.
+"""Every method of notebook 10 on the same features: tuned without labels, fitted, scored.
 
 One row a method and seed. `python -m experiments heads` writes the records that ship; notebook 10
 reads them, and runs a few seeds itself.
