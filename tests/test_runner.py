@@ -118,7 +118,7 @@ def test_only_what_changed_or_is_torn_runs_again_and_force_runs_all(folder, pape
 
 def test_a_changed_profile_library_or_weights_run_again(folder, papermill, tmp_path, monkeypatch):
     write(folder, "00_a")
-    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "fashion-mnist").mkdir(parents=True)
     (tmp_path / "weights" / "a").write_bytes(b"old")
     monkeypatch.setattr(staleness, "bundled_dir", lambda: tmp_path / "weights")
     assert ran(folder) == ran(folder, "tiny n_neighbors=5") == ["00_a"]
