@@ -141,7 +141,7 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
                      f"skipped; the end of the report names them.")
     if files.constant:
         notes.append(f"{one_color}: look at these files, and replace or delete them "
-                     f"(docs/your_own_images.md says how each kind is read).")
+                     f"(docs/odd_inputs.md says how each kind is read).")
     if files.pages:
         pages = [f"{path} (page {page})" for path, page in sorted(files.pages.items())]
         notes.append(f"Of files with several pages the first that is not of one colour was taken: "
@@ -154,7 +154,7 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
     if len(readable) < ENOUGH * n_clusters:
         notes.append(f"{len(readable)} images are about {len(readable) // n_clusters} a cluster: "
                      f"with fewer than about {ENOUGH} the heads were no better than K-means by "
-                     f"NMI where we measured it (docs/your_own_images.md).")
+                     f"NMI where we measured it (docs/your_own_images_measured.md).")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
         model = TSPClustering(n_clusters, random_state=seed, **settings).fit(features)

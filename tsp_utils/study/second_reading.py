@@ -35,8 +35,8 @@ def power_curves() -> pd.DataFrame:
         for name, rung in rungs["the study's"].iterrows():
             other = rung["k-means"] if setting is None else rungs[setting].loc[name, "head"]
             pairs = (np.array(rung["head"]["acc"]) - other["acc"])[drawn]  # [DRAWS, 10]
-            mean, half = pairs.mean(1), stats.t.ppf(0.975, 9) * stats.sem(pairs, axis=1)
-            holds = (mean - half > 0) & (mean >= claim_of(claim).margin)
+            low = stats.ttest_1samp(pairs, 0, axis=1).confidence_interval().low  # as `t_interval`
+            holds = (low > 0) & (pairs.mean(1) >= claim_of(claim).margin)
             found.append((claim, rung["law"], rung["consistency"], holds.mean()))
     return pd.DataFrame(found, columns=["claim", "law", "consistency", "share"])
 
