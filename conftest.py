@@ -1,5 +1,6 @@
 """What every test in tests/ and every nbval kernel of notebooks/ needs."""
 
+import contextlib
 import os
 import runpy
 import sys
@@ -25,6 +26,25 @@ os.environ.setdefault("TQDM_MININTERVAL", "5")
 if os.environ.get("PYTEST_XDIST_WORKER"):
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+
+
+def patiently(start, times: int = 3):
+    """`start`, again where a kernel dies as it starts: two may be given one port at one moment."""
+    def started(*arguments, **options):
+        for left in reversed(range(times)):
+            try:
+                return start(*arguments, **options)
+            except RuntimeError:
+                if not left:
+                    raise
+
+    return started
+
+
+with contextlib.suppress(ImportError):  # a user's tests may do without notebooks
+    import nbval.kernel
+
+    nbval.kernel.start_new_kernel = patiently(nbval.kernel.start_new_kernel)
 
 
 def pytest_collection_modifyitems(items):

@@ -11,11 +11,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
+import nbval.kernel
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from readings import PATHS, code_of
 
 import tsp_utils.__main__ as command
+from conftest import patiently
 from tsp_utils.study import publish, runner, staleness
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.runner import Step, reproduce
@@ -516,3 +518,38 @@ def test_publishing_copies_a_finished_run_and_says_what_is_missing(folder, repos
     assert [path.name for path in copied] == ["00_a_curve.csv", "00_a_curve.png"]
     assert names(target) == {"00_a_curve.png", "00_a_curve.csv", "notes.md"}
     assert (target / "00_a_curve.csv").read_text() == "00_a_curve.csv"
+
+
+@pytest.mark.parametrize(("dies", "words", "ends"), [
+    (1, "Kernel died before replying to kernel_info", 0),
+    (3, "Kernel died before replying to kernel_info", 1), (1, "another error", 1)])
+def test_a_kernel_that_dies_as_it_starts_is_started_again(dies, words, ends, tmp_path, monkeypatch):
+    """Under papermill, by one that stands for it."""
+    (tmp_path / "papermill").mkdir()
+    (tmp_path / "papermill" / "__init__.py").touch()
+    (tmp_path / "papermill" / "__main__.py").write_text(
+        f"import sys\ntries = []\ndef papermill():\n    tries.append(1)\n"
+        f"    if len(tries) <= {dies}:\n        raise RuntimeError({words!r})\n    sys.exit()")
+    read, held = os.pipe()  # an end that is closed would end it
+    found = subprocess.run([sys.executable, "-c", runner.PAPERMILL], stdin=read,
+                           env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    os.close(held), os.close(read)
+    assert (found.returncode, words in found.stderr.decode()) == (ends, bool(ends))
+
+
+@pytest.mark.parametrize("dies", [0, 1, 2, 3])
+def test_nbval_starts_a_kernel_three_times_at_most(dies):
+    tries = []
+
+    def start(name):
+        tries.append(name)
+        if len(tries) <= dies:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        return "kernel"
+
+    if dies < 3:
+        assert patiently(start)("python") == "kernel" and len(tries) == dies + 1
+    else:
+        with pytest.raises(RuntimeError, match="Kernel died"):
+            patiently(start)("python")
+    assert nbval.kernel.start_new_kernel.__qualname__ == "patiently.<locals>.started"
