@@ -59,6 +59,7 @@ SOURCE, TARGET = ("tinyimagenet32",), ("cifar10",)
 N_REPORTS = 20  # read-outs of a run
 MINI_IMAGES, NANO_IMAGES, NANO_CPU_IMAGES, PAPER_IMAGES = 1_600_000, 512_000, 512_000, 5_000_000
 CONTRAST_IMAGES = 6_246_400  # two views each: about ten minutes of an H100 for all four arms
+LONG_CONTRAST_IMAGES = 16_384_000  # five minutes of an H200
 VIT = dict(patch_size=4, img_size=32, dynamic_img_size=True)
 # Small batches for as many steps as they allow, and batch norm in the head.
 NANO = DinoRecipe("vit_tiny_patch16_224",
@@ -86,6 +87,8 @@ RESNET_MINI = replace(MINI, architecture="small_resnet", options=tuple(dict(
     layers=(3, 3, 1, 2), channels=(48, 96, 192, 384)).items()))
 # The same two networks by contrast instead of DINO, which learns more of a GPU's few minutes.
 RESNET_CONTRAST = ContrastiveRecipe("small_resnet", RESNET_MINI.options)
+# Longer, at the temperature with which SimCLR learned on CIFAR-10 (Chen et al., App. B.9).
+RESNET_CONTRAST_LONG = replace(RESNET_CONTRAST, temperature=0.5)
 VIT_CONTRAST = ContrastiveRecipe(MINI.architecture, MINI.options, optimizer="adamw",
                                  learning_rate=1e-3, weight_decay=0.05, warmup=0.1)
 # The paper's size; CIFAR-10's 32-px images are enlarged by the crops themselves.
@@ -125,6 +128,7 @@ def _arms() -> dict[str, Arm]:
     arms |= {
         "resnet_contrast": Arm(RESNET_CONTRAST, SOURCE, CONTRAST_IMAGES),
         "resnet_contrast_cifar10": Arm(RESNET_CONTRAST, TARGET, CONTRAST_IMAGES),
+        "resnet_contrast_cifar10_long": Arm(RESNET_CONTRAST_LONG, TARGET, LONG_CONTRAST_IMAGES),
         "resnet_contrast_cifar10_4k": Arm(RESNET_CONTRAST, TARGET, CONTRAST_IMAGES, short["4k"]),
         "vit_contrast": Arm(VIT_CONTRAST, SOURCE, CONTRAST_IMAGES),
     }
@@ -225,6 +229,7 @@ def pretrain_arm(name: str, out_dir: Path | None = None) -> Path:
             else:
                 logger.warning("%s is gone, and the run is past it: it stays so.", path.name)
 
+    torch.backends.cudnn.benchmark = True  # the shapes of a run never change
     gflop, most = gflop_per_image(arm), n_processes * matrix_rate(device, dtype)
     with attention(fused=device != "cpu"):
         run = (pretrain_dino if by_dino else pretrain_contrastive)(

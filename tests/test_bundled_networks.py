@@ -124,7 +124,7 @@ def test_the_dictionarys_vectors_know_more_of_the_classes_than_an_untrained_netw
 
 @pytest.mark.parametrize("name", [
     "vit_mini", "vit_mini_cifar10_4k", "resnet_mini", "resnet_contrast", "resnet_contrast_cifar10",
-    "resnet_contrast_cifar10_4k", "vit_contrast"])
+    "resnet_contrast_cifar10_4k", "resnet_contrast_cifar10_long", "vit_contrast"])
 def test_the_table_of_the_arms_of_a_gpu_is_their_records(name):
     page = (REPOSITORY / "docs" / "pretraining.md").read_text()
     scores = r"(\S+ \+- \S+) \| (\S+ \+- \S+) \|$"

@@ -164,6 +164,10 @@ def test_an_arm_by_contrast_leaves_weights_that_load_and_a_log(monkeypatch, tmp_
 def test_the_resnets_by_contrast_differ_in_images_alone_and_the_vit_in_its_optimiser():
     contrasted = {name: arm for name, arm in ARMS.items()
                   if isinstance(arm.recipe, ContrastiveRecipe)}
+    long, short = (contrasted.pop("resnet_contrast_cifar10_long"),
+                   contrasted["resnet_contrast_cifar10"])
+    assert long.data == short.data and long.budget_images > 2 * short.budget_images
+    assert replace(long.recipe, temperature=short.recipe.temperature) == short.recipe
     assert len({arm.budget_images for arm in contrasted.values()}) == 1 < len(contrasted)
     resnets = {name: arm for name, arm in contrasted.items() if name.startswith("resnet")}
     assert len({arm.recipe for arm in resnets.values()}) == 1

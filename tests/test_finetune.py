@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import experiments.finetuning as finetuning_runs
-from experiments import finetuning_map
+from experiments import collapse, finetuning_map
 from experiments.finetuning import head_of
 from experiments.finetuning_map import LOSSES, RUNS, augmented
 from tsp_utils import LinearHeads, init_heads, load_dataset, scale_features
@@ -172,3 +172,43 @@ def test_the_records_that_ship_are_of_these_sources_and_complete():
     assert finetuning_map.N_SEEDS == 5
     assert {record["code"] for record in shipped_records("finetuning")} == {
         finetuning_runs.code_of_the_runs()}
+
+
+def test_the_records_of_longer_runs_are_of_these_sources_and_start_alike():
+    """Ten of the runs that `collapse` names have been made, on a GPU."""
+    records = shipped_records("collapse")
+    assert {record["code"] for record in records} == {collapse.code_of_the_sweep()}
+    made = [(record["variant"], record["seed"]) for record in records]
+    assert made == [(name, seed) for name, n in {
+        "frozen": 3, "1e-4": 3, "1e-5": 3, "1e-5, lambda = 0": 1}.items() for seed in range(n)]
+    for record in records:
+        n_seeds, options = collapse.ARMS[record["variant"]]
+        assert record["seed"] < n_seeds and record["options"] == options
+        assert [e["epoch"] for e in record["epochs"]] == list(range(collapse.N_EPOCHS + 1))
+    starts = {record["seed"]: record["epochs"][0] for record in records[:3]}
+    assert all(record["epochs"][0] == starts[record["seed"]] for record in records)
+
+
+@pytest.mark.filterwarnings("ignore:Collapse")
+def test_longer_runs_take_what_ships_and_make_what_does_not(monkeypatch, tmp_path, own_folders):
+    def load(name, split):
+        return load_dataset("fashion-mnist", "test").subset(
+            slice(0, 400) if split == "train" else slice(400, 600))
+
+    arms = {"frozen": (1, dict(trained="nothing")), "sheep": (1, dict(white_sheep=True)),
+            "no entropy": (1, dict(learning_rate=1e-3, entropy_weight=0.0))}
+    for name, value in dict(load_dataset=load, N_IMAGES=256, N_EPOCHS=2, ARMS=arms,
+                            bundled_dir=lambda: tmp_path, shipped_records=lambda name: [],
+                            source_images=lambda: load("", "train").images[:256]).items():
+        monkeypatch.setattr(collapse, name, value)
+    (tmp_path / "readouts").mkdir()
+    frozen, sheep, free = records = json.loads(collapse.run_collapse("vit_nano_cpu").read_text())
+    assert [len(record["epochs"]) for record in records] == [3, 2, 3]  # as many steps
+    assert frozen["epochs"][0] == sheep["epochs"][0] == free["epochs"][0]
+    assert frozen["epochs"][-1]["consistency"] == frozen["epochs"][0]["consistency"]
+    assert free["epochs"][-1]["consistency"] != free["epochs"][0]["consistency"]
+    monkeypatch.setattr(collapse, "shipped_records", lambda name: records)
+    monkeypatch.setattr(collapse, "_run", None)  # any run would fail
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(collapse, "code_of_the_sweep", lambda: frozen["code"])
+    assert json.loads(collapse.run_collapse("vit_nano_cpu").read_text()) == records

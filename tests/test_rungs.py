@@ -1,5 +1,6 @@
 """Rungs of feature quality: the laws by hand, the read-out, and that simulated ones stay out."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -89,3 +90,12 @@ def test_the_records_are_of_the_code_that_is_here():
     assert {(record["setting"], record["code"]) for record in shipped_records("quality")} == {
         (name, quality.code_of_a_rung(replace(study, **changes)))
         for name, changes in quality.SETTINGS.items()}
+
+
+def test_records_of_rungs_that_are_not_here_are_kept(monkeypatch, tmp_path, own_folders):
+    """Weights that do not ship, a package that is missing: what was measured stays."""
+    shipped = shipped_records("quality")
+    (tmp_path / "readouts").mkdir()
+    monkeypatch.setattr(quality, "bundled_dir", lambda: tmp_path)
+    monkeypatch.setattr(quality, "rungs", lambda: iter(()))
+    assert json.loads(quality.climb().read_text()) == shipped
