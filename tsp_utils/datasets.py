@@ -117,12 +117,8 @@ class ImageDataset:
         return ImageDataset(self.name, self.split, images, labels, self.classes, paths)
 
 
-def load_dataset(
-    name: str | Path,
-    split: str | None = "test",
-    root: str | Path | None = None,
-    download: bool = True,
-) -> ImageDataset:
+def load_dataset(name: str | Path, split: str | None = "test", root: str | Path | None = None,
+                 download: bool = True) -> ImageDataset:
     """One split of a set in DATASETS, or a folder of images given by its path.
 
     A named set is looked for under `root` (default: TSP_DATA or data/): as an image folder

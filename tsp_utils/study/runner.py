@@ -93,9 +93,7 @@ def reproduce(profile: str, force: bool = False, folder: Path = staleness.NOTEBO
                         running[path] = _Execution(path, study, profile, parts, n_threads)
                         yield Step(path.stem, "starts", ended=False)
                 else:
-                    for execution in running.values():
-                        if (step := execution.news()) is not None:
-                            yield step
+                    yield from filter(None, [run.news() for run in running.values()])
                     time.sleep(0.1)
         finally:
             for execution in running.values():
