@@ -47,6 +47,23 @@ TERM = re.compile(r"(?:(?P<factor>-?\d+(?:\.\d+)?) x )?(?:(?P<stem>[\w/]+): )?"
                   r"(?:(?P<pick>max|min) )?(?P<column>[^][]+) \[(?P<where>[^][]*)\]")
 
 
+def sentences_of(page: str) -> list[str]:
+    """Sentences of a page's prose: no code, tables, badges or headings; a link counts its text."""
+    text = re.sub(r"```.*?```|<!--.*?-->|\$\$.*?\$\$", "", page, flags=re.S)
+    text = re.sub(r"\n\n(?: {4,}[^-\s].*\n)+", "\n\n", text)
+    lines = [line for line in text.splitlines() if not re.match(r"#|\||\[?!\[", line)]
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", "\n".join(lines))
+    text = re.sub(r"`[^`]*`", "code", text)
+    pieces = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )|(?<=[.!?·])\*{0,2}\s", text)
+    return [" ".join(piece.split()) for piece in pieces if piece.strip()]
+
+
+def too_long(sentence: str) -> bool:
+    """More than 30 words, or more than three numbers."""
+    numbers = re.findall(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?", sentence)
+    return len(sentence.split()) > 30 or len(numbers) > 3
+
+
 def source_of(cell: dict) -> str:
     return "".join(cell["source"])
 

@@ -7,7 +7,16 @@ import statistics
 
 import pytest
 import readings
-from readings import PATHS, cells_of, numbers_of, problems_of, retype, source_of
+from readings import (
+    PATHS,
+    cells_of,
+    numbers_of,
+    problems_of,
+    retype,
+    sentences_of,
+    source_of,
+    too_long,
+)
 
 MACHINE_PATH = re.compile(r"/(?:home|root|Users|tmp|work|mnt|opt|usr|private|var)/[\w.-]+"
                           r"|\b[A-Z]:\\+\w+|site-packages")
@@ -82,6 +91,14 @@ def test_numbers_of_the_prose_stand_where_their_entries_say_and_each_decimal_has
     # But for those of the first cell, which says how long the notebook takes.
     assert [(cell["id"], number) for cell in cells[1:] if "numbers" not in cell["metadata"]
             for number in stated(source_of(cell)) if "." in number] == []
+
+
+@each
+def test_sentences_are_short_and_carry_three_numbers_at_most(path):
+    """As those of the pages; exercises are left out, whose numbers are settings."""
+    sentences = [sentence for cell in cells_of(path, "markdown") if "-ex" not in cell["id"]
+                 for sentence in sentences_of(source_of(cell))]
+    assert len(sentences) > 20 and not [s for s in sentences if too_long(s)]
 
 
 def test_few_decimals_are_called_no_measurement():

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from readings import sentences_of, too_long
 from sklearn.datasets import make_blobs
 from sklearn.metrics import adjusted_rand_score
 
@@ -217,23 +218,10 @@ def test_what_the_readme_says_was_learned_is_in_the_tables():
     assert counts["inconclusive"] == counts["not tested"] == 1 and counts.sum() == 13
 
 
-def sentences_of(page: str) -> list[str]:
-    """Sentences of a page's prose: no code, tables, badges or headings; a link counts its text."""
-    text = re.sub(r"```.*?```|<!--.*?-->|\$\$.*?\$\$", "", page, flags=re.S)
-    text = re.sub(r"\n\n(?: {4,}[^-\s].*\n)+", "\n\n", text)
-    lines = [line for line in text.splitlines() if not re.match(r"#|\||\[?!\[", line)]
-    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", "\n".join(lines))
-    text = re.sub(r"`[^`]*`", "code", text)
-    pieces = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )|(?<=[.!?·])\*{0,2}\s", text)
-    return [" ".join(piece.split()) for piece in pieces if piece.strip()]
-
-
 @pytest.mark.parametrize("name", PROSE)
 def test_sentences_are_short_and_carry_three_numbers_at_most(name):
-    long = [s for s in sentences_of(PAGES[name]) if len(s.split()) > 30]
-    full = [s for s in sentences_of(PAGES[name])
-            if len(re.findall(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?", s)) > 3]
-    assert len(sentences_of(PAGES[name])) > 20 and not long + full
+    sentences = sentences_of(PAGES[name])
+    assert len(sentences) > 20 and not [s for s in sentences if too_long(s)]
 
 
 def test_the_index_lists_every_page():
