@@ -34,8 +34,8 @@ def patiently(start, times: int = 3):
         for left in reversed(range(times)):
             try:
                 return start(*arguments, **options)
-            except RuntimeError:
-                if not left:
+            except RuntimeError as error:
+                if not left or "Kernel died" not in str(error):
                     raise
 
     return started

@@ -19,7 +19,7 @@ EXPERIMENTS = {
                         "learn and read out the dictionaries of claim C6 (36 minutes)"),
     "finetune": ("finetuning", "run_finetuning", "the fine-tuning of claim C7 (an hour)"),
     "collapse": ("collapse", "run_collapse",
-                 "fine-tuning until the clusters break or do not, on a good network (a GPU)"),
+                 "fine-tuning for sixteen epochs on a better network (a GPU)"),
     "finetune-map": ("finetuning_map", "run_finetuning_map",
                      "the fine-tuning map of claim D1 (an hour)"),
     "extract": ("extract", "extract", "features into the cache, by all processes of torchrun"),

@@ -48,12 +48,14 @@ ARMS: dict[str, tuple[int, dict]] = {
 def run_collapse(backbone_name: str = "resnet_contrast_cifar10_long") -> Path:
     """Fine-tune from the same starting heads, every arm and seed; returns the records' path.
 
-    Needs CIFAR-10, Tiny-ImageNet and a GPU: half a minute a run; those that ship with the same code
-    are taken as they are, and a run that ended is not made again. 10,000 images drawn once from
-    CIFAR-10's train split, scored on all of test before and after every epoch.
+    Needs CIFAR-10, Tiny-ImageNet, the network (`python -m experiments pretrain NAME`) and a GPU:
+    less than a minute per run. Those that ship, of the same code and the same weights, are taken
+    as they are, and a run that ended is not made again. 10,000 images drawn once from CIFAR-10's
+    train split, scored on all of test before and after every epoch.
     """
     shipped = shipped_records("collapse")
     backbone = load_backbone(backbone_name)
+    weights = backbone.describe()["weights_sha256"]
     target, test = load_dataset("cifar10", "train"), load_dataset("cifar10", "test")
     target = target.subset(draw_rows(len(target), N_IMAGES))
     features = extract_features(backbone, target.images, progress=False)
@@ -62,8 +64,8 @@ def run_collapse(backbone_name: str = "resnet_contrast_cifar10_long") -> Path:
     for name, (n_seeds, options) in ARMS.items():
         for seed in range(n_seeds):
             wanted = {"variant": name, "seed": seed, "backbone": backbone_name,
-                      "target": "cifar10", "n_images": N_IMAGES, "options": options,
-                      "n_epochs": N_EPOCHS, "code": code_of_the_sweep()}
+                      "weights_sha256": weights, "target": "cifar10", "n_images": N_IMAGES,
+                      "options": options, "n_epochs": N_EPOCHS, "code": code_of_the_sweep()}
             inputs = [wanted, target.fingerprint, test.fingerprint]
             made = next((record for record in shipped if wanted.items() <= record.items()), None)
             records.append(made or wanted | cache.record(

@@ -128,8 +128,11 @@ def climb(n_seeds: int = 10) -> Path:
             logger.info("%s, %s, %s: K-means %.1f, head %.1f", found.dataset, found.backbone, name,
                         *(np.mean(records[-1][method]["acc"]) for method in ("k-means", "head")))
     climbed = {(found.dataset, found.backbone) for _, found in ladder}
-    records += [record for record in shipped
-                if (record["dataset"], record["backbone"]) not in climbed]
+    kept = [record for record in shipped
+            if (record["dataset"], record["backbone"]) not in climbed]
+    if kept and not {record["code"] for record in kept} <= {record["code"] for record in records}:
+        logger.warning("Some of the %d records that are kept may be of other code.", len(kept))
+    records += kept
     return write_lines(bundled_dir() / "readouts" / "quality.json", records)
 
 

@@ -197,8 +197,8 @@ def test_the_readme_s_table_is_of_the_committed_ones_and_of_the_paper():
         ("NNM's loss on them", of(ours("small/heads", method="nnm", **heads)), paper["NNM"]),
         ("linear layer, with labels", cell(ours("small/10_probes", **heads)["acc"]),
          paper["supervised"]),
-        ("our best features, K-means", of(best, ("k-means_mean", "k-means_std")), "none"),
-        ("our best features, TSP head", of(best, ("head_mean", "head_std")), "none"),
+        ("our best bundled features, K-means", of(best, ("k-means_mean", "k-means_std")), "none"),
+        ("our best bundled features, TSP head", of(best, ("head_mean", "head_std")), "none"),
     ]
     table = re.search(r"^\| CIFAR-10.*?\n\n", README, re.M | re.S)[0].splitlines()
     assert table[2:-1] == [f"| {' | '.join(row)} |" for row in wanted]

@@ -99,3 +99,8 @@ def test_records_of_rungs_that_are_not_here_are_kept(monkeypatch, tmp_path, own_
     monkeypatch.setattr(quality, "bundled_dir", lambda: tmp_path)
     monkeypatch.setattr(quality, "rungs", lambda: iter(()))
     assert json.loads(quality.climb().read_text()) == shipped
+    here = tsp.load_study("offline").features("cifar10", "patch_kmeans")  # of the same content
+    monkeypatch.setattr(quality, "rungs", lambda: iter([("real", here)]))
+    again = json.loads(quality.climb().read_text())
+    assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, shipped)) != again
+    assert {(r["dataset"], r["backbone"]) for r in again[:5]} == {("cifar10", "patch_kmeans")}

@@ -552,4 +552,17 @@ def test_nbval_starts_a_kernel_three_times_at_most(dies):
     else:
         with pytest.raises(RuntimeError, match="Kernel died"):
             patiently(start)("python")
+        assert len(tries) == 3
     assert nbval.kernel.start_new_kernel.__qualname__ == "patiently.<locals>.started"
+
+
+def test_nbval_says_another_error_at_once():
+    tries = []
+
+    def start():
+        tries.append(1)
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        patiently(start)()
+    assert len(tries) == 1
