@@ -10,16 +10,21 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.finetuning import N_IMAGES, _starting_heads, head_of, read_out, source_images
+from experiments.finetuning import (
+    N_IMAGES,
+    _starting_heads,
+    head_of,
+    read_out,
+    source_images,
+    starting_point,
+)
 from tsp_utils import cache
 from tsp_utils.backbones import Backbone, load_backbone
 from tsp_utils.cache import hardware, versions
-from tsp_utils.datasets import load_dataset
 from tsp_utils.features import extract_features
 from tsp_utils.files.paths import bundled_dir, shipped_records, write_lines
 from tsp_utils.neighbors import WEIGHTINGS
 from tsp_utils.scaling import Scaler
-from tsp_utils.study.feature_sets import draw_rows
 from tsp_utils.systems.finetune import eq5, finetune
 
 logger = logging.getLogger(__name__)
@@ -56,11 +61,7 @@ def run_collapse(backbone_name: str = "resnet_contrast_cifar10_long") -> Path:
     shipped = shipped_records("collapse")
     backbone = load_backbone(backbone_name)
     weights = backbone.describe()["weights_sha256"]
-    target, test = load_dataset("cifar10", "train"), load_dataset("cifar10", "test")
-    target = target.subset(draw_rows(len(target), N_IMAGES))
-    features = extract_features(backbone, target.images, progress=False)
-    scaler = Scaler().fit(features)
-    starts, records = _starting_heads(scaler.transform(features), len(target.classes)), []
+    (target, test, scaler, starts), records = starting_point(backbone), []
     for name, (n_seeds, options) in ARMS.items():
         for seed in range(n_seeds):
             wanted = {"variant": name, "seed": seed, "backbone": backbone_name,

@@ -51,11 +51,7 @@ def run_finetuning(backbone_name: str = "vit_nano_cpu") -> Path:
     """
     with attention(fused=torch.cuda.is_available()):
         backbone = load_backbone(backbone_name)
-    target, test = load_dataset("cifar10", "train"), load_dataset("cifar10", "test")
-    target = target.subset(draw_rows(len(target), N_IMAGES))
-    features = extract_features(backbone, target.images, progress=False)
-    scaler = Scaler().fit(features)
-    starts, records = _starting_heads(scaler.transform(features), len(target.classes)), []
+    (target, test, scaler, starts), records = starting_point(backbone), []
     for variant, (n_seeds, options) in VARIANTS.items():
         for seed in range(n_seeds):
             wanted = {"variant": variant, "seed": seed, "backbone": backbone_name,
@@ -74,6 +70,15 @@ def run_finetuning(backbone_name: str = "vit_nano_cpu") -> Path:
             records.append(wanted | cache.record("records", name, inputs, [], make))
             logger.info("%s, seed %d: %s", variant, seed, records[-1]["epochs"][-1])
     return write_lines(bundled_dir() / "readouts" / "finetuning.json", records)
+
+
+def starting_point(backbone) -> tuple[ImageDataset, ImageDataset, Scaler, LinearHeads]:
+    """What every run shares: images to learn from and to score, the scaler, heads to start from."""
+    target, test = load_dataset("cifar10", "train"), load_dataset("cifar10", "test")
+    target = target.subset(draw_rows(len(target), N_IMAGES))
+    features = extract_features(backbone, target.images, progress=False)
+    scaler = Scaler().fit(features)
+    return target, test, scaler, _starting_heads(scaler.transform(features), len(target.classes))
 
 
 def code_of_the_runs() -> str:

@@ -197,7 +197,9 @@ def test_longer_runs_take_what_ships_and_make_what_does_not(monkeypatch, tmp_pat
 
     arms = {"frozen": (1, dict(trained="nothing")), "sheep": (1, dict(white_sheep=True)),
             "no entropy": (1, dict(learning_rate=1e-3, entropy_weight=0.0))}
-    for name, value in dict(load_dataset=load, N_IMAGES=256, N_EPOCHS=2, ARMS=arms,
+    for name, value in dict(load_dataset=load, N_IMAGES=256).items():
+        monkeypatch.setattr(finetuning_runs, name, value)
+    for name, value in dict(N_IMAGES=256, N_EPOCHS=2, ARMS=arms,
                             bundled_dir=lambda: tmp_path, shipped_records=lambda name: [],
                             source_images=lambda: load("", "train").images[:256]).items():
         monkeypatch.setattr(collapse, name, value)

@@ -523,7 +523,7 @@ def test_publishing_copies_a_finished_run_and_says_what_is_missing(folder, repos
 @pytest.mark.parametrize(("dies", "words", "ends"), [
     (1, "Kernel died before replying to kernel_info", 0),
     (3, "Kernel died before replying to kernel_info", 1), (1, "another error", 1)])
-def test_a_kernel_that_dies_as_it_starts_is_started_again(dies, words, ends, tmp_path, monkeypatch):
+def test_a_kernel_that_dies_as_it_starts_is_started_again(dies, words, ends, tmp_path):
     """Under papermill, by one that stands for it."""
     (tmp_path / "papermill").mkdir()
     (tmp_path / "papermill" / "__init__.py").touch()
