@@ -13,7 +13,7 @@ VENV_STAMP := .venv/.complete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cpu reproduce paper-mini paper-vectors pretrain-paper test test-quick notebooks refresh figures student api links rehearse score hero site dist bench clean
+.PHONY: help setup setup-cpu reproduce paper-mini paper-vectors pretrain-paper test test-quick notebooks refresh figures student api links rehearse score hero slides site dist bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,11 +84,16 @@ score: $(VENV_STAMP)  ## a loss of your own among those of notebook 10: LOSS=my_
 hero: $(VENV_STAMP)  ## draw the README's picture and its film
 	@$(PYTHON) -m docs.hero
 
+slides: $(VENV_STAMP)  ## the lesson's twenty slides with notes, one file, site/slides.html: needs pip install -e .[site]
+	@$(PYTHON) -c 'import latex2mathml' 2>/dev/null || { echo 'error: the slides need a package that is not here; install it once: $(PYTHON) -m pip install -e ".[site]"'; exit 1; }
+	@$(PYTHON) docs/make_slides.py
+
 site: $(VENV_STAMP)  ## all pages and notebooks as HTML in site/, read without a network: needs pip install -e .[site]
 	@$(PYTHON) -c 'import furo, latex2mathml, myst_nb, sphinx_external_toc' 2>/dev/null || { echo 'error: the site is made by packages that are not here; install them once: $(PYTHON) -m pip install -e ".[site]"'; exit 1; }
 	@rm -rf build/site
 	@$(PYTHON) -m sphinx -q -c docs . build/site/html
 	@rm -rf site build/site/html/.doctrees && mv build/site/html site && rm -rf build/site
+	@$(PYTHON) docs/make_slides.py
 	@echo "Open site/index.html"
 
 dist: $(VENV_STAMP)  ## the sdist, and the wheel made from it, in dist/, checked: needs pip install build twine

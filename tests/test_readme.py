@@ -24,7 +24,7 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
 README, RESULTS, GUIDE, MEASURED = (PAGES[name] for name in (
     "README.md", "docs/results.md", "docs/your_own_images.md", "docs/your_own_images_measured.md"))
 PROSE = (  # held to short sentences
-    "README.md", "docs/glossary.md", "docs/teaching.md", "docs/where_tsp_sits.md",
+    "README.md", "docs/glossary.md", "docs/teaching.md", "docs/slides.md", "docs/where_tsp_sits.md",
     "docs/results.md", "docs/profiles.md", "docs/how_many_clusters.md", "docs/your_own_images.md",
     "docs/your_own_images_measured.md")
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import hero
+import make_slides
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import rehearse
 import score_loss
-from readings import ROOT
+from readings import ROOT, problems_of
 
 import tsp_utils as tsp
 from tsp_utils.study import head_comparison
@@ -82,6 +83,40 @@ def test_the_rehearsal_that_was_measured_is_on_the_page_and_left_slack():
 def test_other_lessons_add_up():
     table = LESSON_PAGE.split("## 50 minutes")[1].split("## ")[0]
     assert sum(map(int, re.findall(r"^\| (\d+) \|", table, re.M))) == 50
+
+
+def test_twenty_slides_show_one_thing_each_and_their_numbers_are_those_of_the_figures():
+    page = (DOCS / "slides.md").read_text(encoding="utf-8")
+    slides = make_slides.slides_of(page)
+    assert len(slides) == 20 and {slide.kind for slide in slides} == set(make_slides.SHOWN)
+    for slide in slides:
+        assert len(f"{slide.title} {slide.parts.get('asked', '')}".split()) <= 30, slide.title
+        assert re.match(r"\*\*(Said|Asked)\.\*\* \w", slide.notes), slide.title
+    said = {slide.block.lower(): "" for slide in slides}
+    assert list(said) == [block.title.lower() for block in rehearse.LESSON]
+    for slide in slides:
+        said[slide.block.lower()] += slide.notes
+    for block, notes in said.items():
+        assert "**Asked.**" in notes, block
+        assert "**Misconception" in notes or block == "wrap-up", block
+    for part in re.split("^### ", page, flags=re.M)[1:]:
+        cell = {"source": re.sub("<!--.*?-->", "", part),
+                "metadata": {"numbers": re.findall("<!-- (.*?) -->", part)}}
+        assert problems_of(cell) == [], part
+
+
+def test_a_slide_that_shows_no_one_thing_is_named():
+    with pytest.raises(ValueError, match="The slide 'b' shows 'some text'; give it one picture"):
+        make_slides.slides_of("## a\n\n### b\n\nsome text\n\n> **Said.** it\n")
+
+
+def test_the_slides_are_one_file_that_loads_nothing():
+    pytest.importorskip("latex2mathml", reason="needs pip install -e .[site]")
+    html = make_slides.deck()
+    assert len(re.findall("<section", html)) == len(re.findall(r"<aside><p>", html)) == 20
+    pictures = re.findall(r"<img [^>]*src=.(data:image/[a-z+]+;base64,)", html)
+    assert len(pictures) == html.count("<img") > 8 and html.count("<math") == 2
+    assert not re.findall(r"<link|<iframe|@import|url\(|src=.http|href=", html)
 
 
 def notebook(folder: Path, *sources: str) -> Path:
