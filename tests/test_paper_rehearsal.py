@@ -22,9 +22,11 @@ from tsp_utils.study.ledger import COLUMNS
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.staleness import notebook_paths
 
-# Classes, pixels, images of a split: few, since ViT-B sees every one at 224 px.
+# Classes, pixels, images of a split. ViT-B sees each at 224 px, and the cache keeps a vector by
+# what its image holds: so sets of one size share their images, and splits all but OWN of theirs.
 SETS = {"cifar10": (10, 32, 64), "cifar100-20": (20, 32, 64), "cifar100": (100, 32, 110),
         "stl10": (10, 96, 64)}
+OWN = 2
 WEIGHTS = {"dino_deitsmall16_pretrain.pth": "vit_small_patch16_224",
            "dino_vitbase16_pretrain.pth": "vit_base_patch16_224",
            "dino_resnet50_pretrain.pth": "resnet50"}
@@ -32,23 +34,24 @@ SMALL = ["n_images=110", "n_seeds=2", "max_epochs=1", "min_steps=5", "umap_point
          "full_seeds=false"]
 
 
-def write_images(folder, n_classes: int, size: int, n: int, rng) -> None:
-    """Images in class folders: a colour a class, and noise."""
-    for i in range(n):
-        color = np.random.default_rng(i % n_classes).integers(0, 256, 3)
-        pixels = np.clip(color + rng.normal(0, 40, (size, size, 3)), 0, 255).astype(np.uint8)
-        path = folder / f"class{i % n_classes:03d}" / f"{i:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
+def write_images(data, name: str, n_classes: int, size: int, n: int) -> None:
+    """Both splits of a set, in class folders: colours and noise."""
+    for split, first in (("train", 0), ("test", OWN)):
+        for i in range(first, first + n):
+            rng = np.random.default_rng([size, i])
+            color = np.random.default_rng(i % 10).integers(0, 256, 3)
+            pixels = np.clip(color + rng.normal(0, 40, (size, size, 3)), 0, 255).astype(np.uint8)
+            path = data / name / split / f"class{i % n_classes:03d}" / f"{i:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """Of a process that finds the stand-ins, and a cache of its own."""
-    root, rng = tmp_path_factory.mktemp("paper"), np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("paper")
     for name, kind in SETS.items():
-        for split in ("train", "test"):
-            write_images(root / "data" / name / split, *kind, rng)
+        write_images(root / "data", name, *kind)
     (root / "data" / "weights").mkdir()
     for file, architecture in WEIGHTS.items():
         torch.save(timm.create_model(architecture, num_classes=0).state_dict(),
