@@ -1,11 +1,14 @@
 """Extraction and its cache: rows by content, keys, kills, errors, damage, read-only folders."""
 
+import ctypes
 import json
 import logging
 import os
-import shutil
+import re
 import subprocess
 import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import two_processes
 
 from tsp_utils.backbones import Backbone, BackboneSpec, load_backbone
 from tsp_utils.cache.vectors import _Rows
@@ -22,8 +26,7 @@ from tsp_utils.features import cached_features, extract_features
 from tsp_utils.files.image_folders import ImageFiles
 from tsp_utils.networks.patch_kmeans import PatchKMeans
 
-HERE = Path(__file__).resolve().parent
-
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's mounts or /proc")
 
 class Plain:
     """A backbone without torch: a fixed linear map, which counts its rows and can stop midway."""
@@ -87,14 +90,6 @@ def with_nan(x):
 
 def files(folder):
     return sorted(p.name for p in Path(folder).iterdir() if p.suffix != ".lock")
-
-
-def start(code, *arguments, before=()):
-    """Run code in a Python of its own in which this module's names are known."""
-    code = (f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent)!r}]\n"
-            f"from test_features import *\n{code}")
-    return subprocess.Popen([*before, sys.executable, "-c", code, *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_extraction_is_the_backbone_on_every_batch():
@@ -213,10 +208,9 @@ def test_after_an_error_only_the_remaining_rows_are_made(tmp_path, stop, kind, s
 
 
 def test_a_killed_process_leaves_rows_that_the_next_goes_on_from(tmp_path):
-    killed = start("kept(sys.argv[1], images_of(105),"
-                   "     Plain(stop_after=60, stop=partial(end_the_process)))", tmp_path)
-    _, errors = killed.communicate(timeout=120)
-    assert killed.returncode == 9, errors
+    with two_processes() as others, pytest.raises(BrokenProcessPool):
+        others.submit(kept, tmp_path, images_of(105),
+                      Plain(stop_after=60, stop=partial(end_the_process))).result()
     for kind in ("f32", "sums"):  # what the kill tore
         with open(next(tmp_path.glob(f"*.{kind}")), "ab") as file:
             file.write(b"torn")
@@ -243,28 +237,30 @@ def test_rows_that_do_not_match_are_made_again(tmp_path, caplog, kind, damage, l
     assert str(path.with_suffix(".f32")) in caplog.text or not named
 
 
-READ_ONLY = """
-try:
-    print("used", kept(sys.argv[1], images_of(int(sys.argv[2])))[1])
-except OSError as error:
-    print("refused", error)
-"""
+def read_only(folder):
+    """The rows made of 100 images and the error with 101, in mounts of this process's own."""
+    if ctypes.CDLL(None).unshare(0x20000):  # CLONE_NEWNS
+        return None
+    for mount in (["--make-rprivate", "/"], ["--bind", folder, folder],
+                  ["-o", "remount,bind,ro", folder]):
+        if subprocess.run(["mount", *mount], capture_output=True).returncode:
+            return None
+    n_made = kept(folder, images_of())[1]
+    with pytest.raises(OSError) as refused:
+        kept(folder, images_of(101))
+    return n_made, str(refused.value)
 
 
+@on_linux
 def test_a_read_only_folder_is_read_but_not_written(tmp_path):
-    if shutil.which("unshare") is None or subprocess.run(
-            ["unshare", "-m", "true"], capture_output=True).returncode:
-        pytest.skip("mounting a folder read-only is not permitted here")
     kept(tmp_path, images_of())
-    before = ["unshare", "-m", "sh", "-c", f'mount --bind "{tmp_path}" "{tmp_path}" && '
-              f'mount -o remount,bind,ro "{tmp_path}" && exec "$@"', "sh"]
-    said, errors = start(READ_ONLY, tmp_path, 100, before=before).communicate(timeout=120)
-    if "mount" in errors:
+    with two_processes() as others:
+        found = others.submit(read_only, tmp_path).result()
+    if found is None:
         pytest.skip("mounting a folder read-only is not permitted here")
-    assert said.strip() == "used 0", errors
-    said, errors = start(READ_ONLY, tmp_path, 101, before=before).communicate(timeout=120)
-    assert said.startswith(f"refused the cache folder {tmp_path}"), errors
-    assert "TSP_CACHE" in said and len(said.strip().splitlines()) == 1
+    n_made, said = found
+    assert n_made == 0 and said.startswith(f"the cache folder {tmp_path}")
+    assert "TSP_CACHE" in said and "\n" not in said
 
 
 @pytest.mark.parametrize("full_at", [1, 3])
@@ -285,33 +281,34 @@ def test_a_disk_that_fills_up_is_one_sentence_and_spoils_nothing(tmp_path, monke
     made_again(tmp_path, images_of(), 100 - 20 * (full_at - 1))
 
 
-SLOWLY = """
-import time
-backbone = Plain()
-encode = backbone.encode
-backbone.encode = lambda x: (time.sleep(0.05), encode(x))[1]
-print(kept(sys.argv[1], images_of(400), backbone)[1])
-"""
+class Slow(Plain):
+    def encode(self, x):
+        time.sleep(0.05)
+        return super().encode(x)
+
+
+def made_slowly(folder):
+    return kept(folder, images_of(400), Slow())[1]
 
 
 def test_two_processes_at_once_extract_once(tmp_path):
-    both = [start(SLOWLY, tmp_path) for _ in range(2)]
-    ends = [process.communicate(timeout=120) for process in both]
-    assert sorted(out.strip() for out, _ in ends) == ["0", "400"], ends
+    with two_processes() as both:
+        assert sorted(both.map(made_slowly, [tmp_path] * 2)) == [0, 400]
     np.testing.assert_array_equal(kept(tmp_path, images_of(400))[0], plainly(images_of(400)))
 
 
-MEMORY = """
-for n in (2_000, 20_000):
-    assert kept(sys.argv[1], images_of(n), Plain(dim=2048))[0].shape == (n, 2048)
-    lines = open("/proc/self/status").read().splitlines()
-    print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
-"""
+def peaks(folder):
+    """The most memory that this process had, in MB, after few images and after many."""
+    found = []
+    for n in (2_000, 20_000):
+        assert kept(folder, images_of(n), Plain(dim=2048))[0].shape == (n, 2048)
+        status = Path("/proc/self/status").read_text()
+        found.append(int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 1024)
+    return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's peak memory")
+@on_linux
 def test_peak_memory_does_not_grow_with_the_number_of_images(tmp_path):
-    said, errors = start(MEMORY, tmp_path).communicate(timeout=120)
-    assert said.count("\n") == 2, errors
-    small, large = map(float, said.split())  # MB
+    with two_processes() as others:
+        small, large = others.submit(peaks, tmp_path).result()
     assert large - small < 20  # the features of 20,000 images are 156 MB, of 2,000 16 MB
