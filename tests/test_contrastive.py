@@ -15,7 +15,7 @@ from scipy.special import log_softmax
 from experiments import arms
 from experiments.arms import ARMS, Arm, encode, pretrain_arm
 from experiments.what_ships import VECTOR_BACKBONES
-from tests.test_arms import images_of
+from tests.test_arms import images_of, some_rate
 from tsp_utils.backbones import load_backbone
 from tsp_utils.datasets import load_dataset
 from tsp_utils.neighbors import knn_accuracy
@@ -127,23 +127,17 @@ def test_a_seed_gives_the_same_weights_and_looking_changes_nothing():
     assert torch.equal(plain, looked) and not torch.equal(plain, weights(1))
 
 
-@pytest.mark.parametrize("images, changed, budget, sentence", [
-    (IMAGES, {}, 0, "budget is empty"), (IMAGES[:1], {}, 10, "1 image is too few"),
-    (IMAGES, dict(optimizer="adam"), 10, "unknown optimizer 'adam': pass sgd or adamw")])
-def test_bad_input_is_refused(images, changed, budget, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        pretrain_contrastive(images, replace(TINY, **changed), budget_images=budget)
-
-
-def test_a_run_that_diverges_says_so():
-    with pytest.raises(RuntimeError, match="lower learning_rate"):
-        pretrain_contrastive(IMAGES, replace(TINY, learning_rate=1e30), budget_images=320)
+def test_an_unknown_optimizer_is_refused():
+    """What else is refused, `trainer.py` refuses, and DINO's tests hold."""
+    with pytest.raises(ValueError, match="unknown optimizer 'adam': pass sgd or adamw"):
+        Contrastive(IMAGES, replace(TINY, optimizer="adam"))
 
 
 def test_an_arm_by_contrast_leaves_weights_that_load_and_a_log(monkeypatch, tmp_path):
     for place in ("experiments.arms", "tsp_utils.networks.registry"):
         monkeypatch.setattr(f"{place}.runs_dir", lambda: tmp_path)
     monkeypatch.setattr(arms, "load_dataset", images_of)
+    monkeypatch.setattr(arms, "matrix_rate", some_rate)
     monkeypatch.setitem(ARMS, "tiny", Arm(TINY, ("cifar10",), 320))
     folder = pretrain_arm("tiny")
     assert {path.name for path in folder.iterdir()} == {
