@@ -218,8 +218,9 @@ def test_images_are_found_by_content_and_the_rest_is_counted_by_kind(tmp_path):
                        "hidden": 2, "without an ending": 2}
 
 
-def test_an_image_too_large_to_read_is_named_whatever_its_ending(tmp_path):
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "no ending", "PNG")
+def test_an_image_too_large_to_read_is_named_whatever_its_ending(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)  # Pillow refuses what has twice as many
+    Image.fromarray(SEEN).save(tmp_path / "no ending", "PNG")
     with pytest.raises(OSError, match=r"no ending cannot be read .*exceeds limit"):
         load_dataset(tmp_path)
 
