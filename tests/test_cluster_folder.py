@@ -75,7 +75,7 @@ def test_unreadable_files_are_listed_and_skipped_in_every_run(tmp_path, side):
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
     (photos / "gone.png").symlink_to("nowhere.png")
     for attempt in range(3):
-        out = cluster_folder(photos, 3, force=True)
+        out = cluster_folder(photos, 3, backbone="patch_kmeans", force=True)
         assert len(pd.read_csv(out / "clusters.csv")) == 24
         page = (out / "report.html").read_text()
         assert "!broken.jpg is not an image" in page and "cut.png cannot be read" in page
@@ -270,7 +270,7 @@ def test_what_was_passed_over_and_what_may_not_be_meant_is_said(tmp_path, side, 
         (photos / name).write_bytes(b"\0")
     for force in (False, True):  # the second time features come from the cache
         caplog.clear()
-        out = cluster_folder(photos, 3, force=force)
+        out = cluster_folder(photos, 3, backbone="patch_kmeans", force=force)
         page = html.unescape((out / "report.html").read_text())
         for said in ("Passed over, as junk or as what Pillow does not read: 2 .txt, 1 .heic, "
                      "1 hidden, 1 in @eaDir.",
@@ -310,57 +310,63 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page in")
-@pytest.mark.parametrize("width", [1280, 400])
-def test_the_page_in_a_browser(tmp_path, width):
-    """In a frame of that width: nothing sticks out, every picture loads, pointing shows one."""
+def test_the_page_in_a_browser(tmp_path):
+    """In a wide frame and a narrow one: nothing sticks out, pictures load, pointing shows one."""
     few = zip(CLOTHES.images[:29], CLOTHES.labels, strict=False)  # so few need no UMAP
     for i, (image, label) in enumerate(few):
         write(tmp_path / "kinds" / f"a rather long name of a class, number {label}" / f"{i}.png",
               image[..., 0])
     page = (cluster_folder(tmp_path / "kinds", 7) / "report.html").read_text()
     probe = """
-    const frame = document.createElement("iframe");
-    frame.style = "border: 0; width: WIDTHpx; height: 900px";
-    frame.onload = () => {
-      const page = frame.contentDocument, root = page.documentElement;
-      const dot = page.querySelector("circle[data-image]"), tip = page.getElementById("tip");
-      const images = [...page.images];
-      dot.dispatchEvent(new frame.contentWindow.MouseEvent("mouseover", {bubbles: true}));
-      const first = page.querySelector('circle[tabindex="0"]'), visited = [];
-      first.focus();
-      for (const key of ["ArrowRight", "ArrowLeft", "ArrowDown", "ArrowUp"].concat(
-          Array(99).fill("ArrowRight"))) {
-        page.activeElement.dispatchEvent(new frame.contentWindow.KeyboardEvent(
-          "keydown", {key, bubbles: true}));
-        visited.push(page.activeElement.textContent);
-      }
-      const reached = [new Set(visited).size, page.querySelectorAll('[tabindex="0"]').length,
-                       tip.textContent === page.activeElement.textContent];
-      setTimeout(() => {
-        const box = tip.getBoundingClientRect();
-        document.title = JSON.stringify({
-          inner: root.clientWidth, scroll: root.scrollWidth, images: images.length,
-          blank: images.filter(image => image.naturalWidth === 0).length,
-          shown: tip.style.display, left: box.left, right: box.right, text: tip.textContent,
-          reached, picture: tip.querySelector("img").naturalWidth});
-      }, 500);
-    };
-    frame.srcdoc = SOURCE;
-    document.body.append(frame);
-    """.replace("WIDTH", str(width)).replace("SOURCE", json.dumps(page).replace("</", "<\\/"))
+    const look = width => new Promise(done => {
+      const frame = document.createElement("iframe");
+      frame.style = `border: 0; width: ${width}px; height: 900px`;
+      frame.onload = () => {
+        const page = frame.contentDocument, root = page.documentElement;
+        const dot = page.querySelector("circle[data-image]"), tip = page.getElementById("tip");
+        const images = [...page.images];
+        dot.dispatchEvent(new frame.contentWindow.MouseEvent("mouseover", {bubbles: true}));
+        const first = page.querySelector('circle[tabindex="0"]'), visited = [];
+        first.focus();
+        for (const key of ["ArrowRight", "ArrowLeft", "ArrowDown", "ArrowUp"].concat(
+            Array(99).fill("ArrowRight"))) {
+          page.activeElement.dispatchEvent(new frame.contentWindow.KeyboardEvent(
+            "keydown", {key, bubbles: true}));
+          visited.push(page.activeElement.textContent);
+        }
+        const reached = [new Set(visited).size, page.querySelectorAll('[tabindex="0"]').length,
+                         tip.textContent === page.activeElement.textContent];
+        setTimeout(() => {
+          const box = tip.getBoundingClientRect();
+          done({
+            inner: root.clientWidth, scroll: root.scrollWidth, images: images.length,
+            blank: images.filter(image => image.naturalWidth === 0).length,
+            shown: tip.style.display, left: box.left, right: box.right, text: tip.textContent,
+            reached, picture: tip.querySelector("img").naturalWidth});
+          frame.remove();
+        }, 500);
+      };
+      frame.srcdoc = SOURCE;
+      document.body.append(frame);
+    });
+    look(1280).then(wide => look(400).then(narrow => {
+      document.title = JSON.stringify([wide, narrow]);
+    }));
+    """.replace("SOURCE", json.dumps(page).replace("</", "<\\/"))
     test = tmp_path / "test.html"
     test.write_text(f"<!DOCTYPE html><title>not run</title><body><script>{probe}</script>")
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/c",
          "--virtual-time-budget=20000", "--window-size=1400,1000", "--dump-dom", test.as_uri()],
         capture_output=True, text=True, timeout=120, check=False)
-    seen = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
-    assert seen["inner"] in (width, width - 15)  # less a scroll bar
-    assert seen["scroll"] <= seen["inner"] and seen["images"] > 20
-    assert seen["blank"] == 0 and seen["picture"] == 28
-    assert seen["reached"][0] > 5 and seen["reached"][1:] == [1, True]  # by keyboard
-    assert seen["shown"] == "block" and ".png" in seen["text"]
-    assert seen["left"] >= 0 and seen["right"] <= seen["inner"]
+    frames = json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+    for seen, width in zip(frames, (1280, 400), strict=True):
+        assert seen["inner"] in (width, width - 15)  # less a scroll bar
+        assert seen["scroll"] <= seen["inner"] and seen["images"] > 20
+        assert seen["blank"] == 0 and seen["picture"] == 28
+        assert seen["reached"][0] > 5 and seen["reached"][1:] == [1, True]  # by keyboard
+        assert seen["shown"] == "block" and ".png" in seen["text"]
+        assert seen["left"] >= 0 and seen["right"] <= seen["inner"]
 
 
 def test_a_large_folder_keeps_the_page_small(monkeypatch):
