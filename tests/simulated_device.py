@@ -24,10 +24,10 @@ class _Module(backend_registration._DummyBackendModule):
         return [torch.bfloat16, torch.float16]
 
 
-def set_up() -> None:
-    """Once a process: torch's spare device takes the name "sim"."""
-    if torch._C._get_privateuse1_backend_name() != "sim":
-        backend_registration._setup_privateuseone_for_python_backend("sim", _Module())
+# Torch's spare device takes the name "sim" as tests are collected: at the first backward pass of a
+# process autograd counts the devices, and knows none that comes later.
+if torch._C._get_privateuse1_backend_name() != "sim":
+    backend_registration._setup_privateuseone_for_python_backend("sim", _Module())
 
 
 class OnDevice(torch.Tensor):

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from processes import two_processes
 from sklearn.neighbors import NearestNeighbors
 from torch.utils.flop_counter import FlopCounterMode
 from toys import made_of, three_blobs
@@ -45,6 +46,13 @@ def small_world(monkeypatch, own_folders):
     monkeypatch.setitem(ARMS, "tiny", Arm(TINY, ("cifar10",), 320))
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Read-outs whose heads train little."""
+    monkeypatch.setattr("tsp_utils.study.frozen_evaluation.load_study",
+                        lambda name: load_study(f"{name} max_epochs=1 min_steps=10"))
+
+
 def cost(recipe: DinoRecipe) -> tuple[int, int]:
     """Parameters and forward FLOPs for one 32-px image, by torch's own counter."""
     with torch.device("meta"):
@@ -73,7 +81,9 @@ def test_every_recipe_takes_steps(arm):
     recipe = replace(ARMS[arm].recipe, batch_size=2, n_outputs=64, hidden=32, warmup=0.0)
     run = Dino(images_of("cifar10", "train").images[:4], recipe)
     before = [p.clone() for p in run.student.backbone.parameters()]
-    assert torch.isfinite(run.step(0.3)) and torch.isfinite(run.step(0.6))
+    assert torch.isfinite(run.step(0.3))
+    if "resnet" in arm:  # a branch that starts at zero lets what is in it move a step later
+        run.step(0.6)
     moved = [not torch.equal(a, b)
              for a, b in zip(before, run.student.backbone.parameters(), strict=True)]
     assert sum(moved) > 0.9 * len(moved)
@@ -137,6 +147,11 @@ def test_subsets_are_drawn_once_without_labels_and_lie_in_one_another(small_worl
 MARKS = ["final.safetensors", "half.safetensors", "quarter.safetensors"]
 
 
+def some_rate(*_) -> float:
+    """In place of `matrix_rate`, which multiplies for seconds."""
+    return 1e3
+
+
 def test_an_arm_leaves_weights_and_a_log_and_is_trained_once(small_world, tmp_path, monkeypatch):
     fused = timm.layers.use_fused_attn()
     folder = pretrain_arm("tiny", tmp_path / "tiny")
@@ -162,6 +177,7 @@ def test_an_arm_leaves_weights_and_a_log_and_is_trained_once(small_world, tmp_pa
         torch.testing.assert_close(value, run["teacher"][f"backbone.{key}"], rtol=1e-3, atol=1e-4)
 
     monkeypatch.setattr("tsp_utils.pretraining.dino.Dino.step", None)  # any step would fail
+    monkeypatch.setattr(arms, "matrix_rate", some_rate)
     pretrain_arm("tiny", folder)
     assert [(folder / mark).read_bytes() for mark in MARKS] == written
 
@@ -170,8 +186,7 @@ def _one_of_two(rank, folder, port):
     """What torchrun does: the same command in two processes that find each other."""
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    arms.load_dataset = images_of
+    arms.load_dataset, arms.matrix_rate = images_of, some_rate
     ARMS["tiny"] = Arm(TINY, ("cifar10",), 64)
     pretrain_arm("tiny", folder)
 
@@ -180,7 +195,8 @@ def test_two_processes_of_torchrun_make_one_arm(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_one_of_two, (tmp_path, port), nprocs=2)
+    with two_processes() as both:
+        list(both.map(_one_of_two, range(2), [tmp_path] * 2, [port] * 2))
     assert {path.name for path in tmp_path.iterdir()} == {"log.json", "start.safetensors", *MARKS}
     assert json.loads((tmp_path / "log.json").read_text())["images_seen"] == 64  # not 64 each
 
@@ -191,6 +207,7 @@ def test_a_missing_quarter_is_not_filled_later(small_world, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return 0.0
 
+    monkeypatch.setattr(arms, "matrix_rate", some_rate)
     trained = arms.pretrain_dino
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(arms.KnnReadout, "__call__", stop)
@@ -211,14 +228,14 @@ def test_networks_of_a_size_of_their_own_see_images_at_that_size():
     assert [tuple(shape) for shape in seen] == [(40, 3, 64, 64)]
 
 
-@pytest.mark.parametrize("name, expected", [("vit_mini", 4.63), ("vits16_cifar10", 115)])
-def test_the_operations_of_an_image_are_about_the_arithmetics_and_a_real_steps(name, expected):
+def test_the_operations_of_an_image_are_about_the_arithmetics_and_a_real_steps():
     """Estimates made without a counter: docs' for ViT-S; ViT-Ti's by hand, two a product.
 
     416 tokens count (teacher 2 x 37 once, student 2 x 37 and 4 x 10 three times), each 12 blocks
     of 12 x 192^2 products (4.42 GFLOP) and attention (0.11); 20 views pass a head of 2.56 M (0.10).
     """
-    assert gflop_per_image(ARMS[name]) == pytest.approx(expected, rel=0.05)
+    for name, expected in (("vit_mini", 4.63), ("vits16_cifar10", 115)):
+        assert gflop_per_image(ARMS[name]) == pytest.approx(expected, rel=0.05)
     run = Dino(images_of("cifar10", "train").images, TINY)
     with FlopCounterMode(display=False) as counted:
         run.step(0.5)  # which has crops and the loss, too
@@ -233,7 +250,7 @@ def same_labels_by_scikit_learn(found, k) -> float:
     return 100 * (found.labels[near] == found.labels[:, None]).mean()
 
 
-def test_read_out_of_separable_and_of_shuffled_labels(small_world):
+def test_read_out_of_separable_and_of_shuffled_labels(few_steps, own_folders):
     found = three_blobs(noise=0.5)
     record = read_out(found, n_seeds=2)
     assert record["head"]["acc"] == record["k-means"]["acc"] == [100.0, 100.0]
@@ -246,16 +263,16 @@ def test_read_out_of_separable_and_of_shuffled_labels(small_world):
     assert max(record["head"]["acc"]) < 60
 
 
-def test_dictionaries_are_learned_once_and_written_whole(small_world, tmp_path, monkeypatch):
+def test_dictionaries_are_learned_once_and_written_whole(small_world, few_steps, tmp_path,
+                                                         monkeypatch):
     settings = dict(n_atoms=8, n_patches=2_000, n_features=4, n_pca_images=40)
-    for name, value in dict(load_dataset=images_of, SETTINGS=settings,
+    two = {name: DICTIONARY_ARMS[name] for name in ("source", "target 4,000, equal epochs")}
+    for name, value in dict(load_dataset=images_of, SETTINGS=settings, DICTIONARY_ARMS=two,
                             bundled_dir=lambda: tmp_path / "bundled").items():
         monkeypatch.setattr(dictionary_arms, name, value)
-    monkeypatch.setattr("tsp_utils.study.frozen_evaluation.load_study",
-                        lambda name: load_study(f"{name} max_epochs=1 min_steps=10"))
     path = learn_dictionary_arms(n_seeds=2, n_heads=2)
     records, before = json.loads(path.read_text()), path.read_bytes()
-    assert len(records) == 2 * len(DICTIONARY_ARMS)
+    assert len(records) == 2 * len(two)
     assert {record["settings"]["n_patches"] for record in records} == {2_000, 80}
     assert all(len(record["head"]["acc"]) == 2 for record in records)
     one, other = (record["head"] for record in records if record["arm"] == "source")

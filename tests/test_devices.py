@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from simulated_device import Device, set_up
+from processes import two_processes
+from simulated_device import Device
 from test_pretrain import IMAGES, TINY
 from toys import CENTERS, FEATURES, NEIGHBORS
 
@@ -31,12 +31,7 @@ from tsp_utils.pretraining.multi_crop import constant
 from tsp_utils.systems.finetune import finetune
 from tsp_utils.systems.rivals import RIVALS, train_rival
 
-pytestmark = pytest.mark.usefixtures("one_thread", "simulated")
-
-
-@pytest.fixture(scope="module")
-def simulated():
-    set_up()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def more_waits(work, few, many) -> Counter:
@@ -59,12 +54,12 @@ def train_heads(batch_size, epochs=2, device="sim", **settings):
 
 
 def test_a_step_of_the_heads_waits_for_nothing_and_an_epoch_for_its_rows_and_curves():
-    assert not more_waits(train_heads, 64, 16)  # 9 and 37 steps an epoch
-    assert more_waits(lambda epochs: train_heads(64, epochs), 2, 3) == {
+    assert not more_waits(train_heads, 300, 50)  # 2 and 12 steps an epoch
+    assert more_waits(lambda epochs: train_heads(300, epochs), 2, 3) == {
         "to the device": 1, "from the device": 5}
     with Device():
-        there = train_heads(64)
-    assert torch.equal(there.weight, train_heads(64, device="cpu").weight)
+        there = train_heads(50)
+    assert torch.equal(there.weight, train_heads(50, device="cpu").weight)
 
 
 PLANTED = {
@@ -86,22 +81,22 @@ def planted(wait):
 
 @pytest.mark.parametrize("wait", PLANTED.values(), ids=PLANTED)
 def test_what_waits_in_a_step_is_seen(wait):
-    more = more_waits(lambda size: train_heads(size, loss=planted(wait)), 64, 16)
-    assert sum(more.values()) == 2 * (37 - 9)
+    more = more_waits(lambda size: train_heads(size, loss=planted(wait)), 300, 150)
+    assert sum(more.values()) == 2 * (4 - 2)  # epochs, steps
 
 
 def test_a_tensor_of_the_host_among_those_of_the_device_is_refused():
     with Device(), pytest.raises(RuntimeError, match="tensor of the CPU among"):
-        train_heads(64, loss=planted(lambda p: p + torch.ones(5)))
+        train_heads(300, loss=planted(lambda p: p + torch.ones(5)))
 
 
 @pytest.mark.parametrize("method", RIVALS)
 def test_a_step_of_a_rival_waits_for_nothing(method):
     def run(n_steps):
         return train_rival(method, FEATURES, NEIGHBORS, CENTERS, [0, 1], n_steps=n_steps,
-                           batch_size=16, device="sim", progress=False)
+                           batch_size=50, device="sim", progress=False)
 
-    assert not more_waits(run, 10, 37)  # one epoch
+    assert not more_waits(run, 1, 12)  # one epoch
 
 
 def test_k_means_reads_back_whether_it_stands_at_every_tenth_iteration():
@@ -252,7 +247,6 @@ def test_under_bfloat16_vectors_weights_gradients_and_centre_stay_in_float32():
 
 
 def _extract(rank, folder):
-    torch.set_num_threads(1)
     os.environ |= {"TSP_CACHE": str(folder / "two"), "RANK": str(rank), "WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1"}
     asked, kept = [], features.cached_features
@@ -262,7 +256,7 @@ def _extract(rank, folder):
         os.environ["MASTER_PORT"] = port
         experiments.extract.load_dataset = lambda *_, n=n: toy(n)
         experiments.extract.extract("toy", "test", "vit_pico_cpu", batch_size=32)
-    (folder / f"asked{rank}").write_text(str(asked))
+    return asked
 
 
 def toy(n):
@@ -274,9 +268,8 @@ def test_two_processes_extract_their_shares_and_the_same_bytes_as_one(tmp_path):
     """Five batches, and then one, which leaves nothing for the second process."""
     first = 29_500 + 2 * (os.getpid() % 500)
     (tmp_path / "ports").write_text(f"{first} {first + 1}")
-    mp.spawn(_extract, (tmp_path,), nprocs=2)
-    assert [(tmp_path / f"asked{rank}").read_text() for rank in range(2)] == [
-        "[86, 150, 20, 20]", "[64]"]
+    with two_processes() as both:
+        assert list(both.map(_extract, range(2), [tmp_path] * 2)) == [[86, 150, 20, 20], [64]]
     network = load_backbone("vit_pico_cpu", "cpu")
     (rows,) = (tmp_path / "two" / "features").glob("*.f32")
     assert rows.stat().st_size == 170 * 64 * 4  # and nothing was made twice

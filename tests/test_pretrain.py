@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import two_processes
 from scipy.special import log_softmax, softmax
 
 from experiments.arms import encode
@@ -114,8 +115,7 @@ def test_twenty_steps_equal_ten_and_a_stop_and_ten(tmp_path, head_norm):
     assert torch.equal(straight.center, resumed.center)
 
 
-def _joint_and_split(rank, path, groups, out):
-    torch.set_num_threads(1)
+def _joint_and_split(path, groups, rank):
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank,
                                          world_size=2)
     run = Dino(IMAGES, TINY, seed=0, dtype=torch.float64)
@@ -123,9 +123,8 @@ def _joint_and_split(rank, path, groups, out):
             for group, n in zip(groups, (2, TINY.n_local), strict=True)]
     for step in range(3):
         run.step(0.3 + step / 10, mine)
-    if rank == 0:
-        torch.save({"weights": run.student.state_dict(), "center": run.center}, out)
     torch.distributed.destroy_process_group()
+    return run.student.state_dict(), run.center
 
 
 def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
@@ -133,10 +132,11 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path):
     groups = [group.double() for group in multi_crop(alone.batch(), TINY, alone.generator)]
     for step in range(3):
         alone.step(0.3 + step / 10, groups)
-    mp.spawn(_joint_and_split, (str(tmp_path / "meet"), groups, tmp_path / "two.pt"), nprocs=2)
-    two = torch.load(tmp_path / "two.pt")
-    torch.testing.assert_close(two["center"], alone.center, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(two["weights"], alone.student.state_dict(), rtol=1e-5, atol=1e-7)
+    with two_processes() as both:
+        weights, center = next(both.map(partial(_joint_and_split, tmp_path / "meet", groups),
+                                        range(2)))
+    torch.testing.assert_close(center, alone.center, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(weights, alone.student.state_dict(), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("progress", "steps", "moves"), [
