@@ -99,7 +99,8 @@ def test_heads_are_drawn_in_the_order_given(ax):
                               acc_mean=[30.0, 31.0, 28.0, np.nan],
                               acc_std=[1.0, np.nan, 2.0, np.nan]))
     plot_heads(table, order, ax, bound=50.0)
-    assert [label.get_text() for label in ax.get_yticklabels()] == order
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "TSP", "SCAN", "K-means", "Gaussian mixture"]
     assert list(ax.get_yticks()) == [3, 2, 1, 0]
     assert [text.xy[1] for text in ax.texts if text.get_text() == "not run"] == [0]
     drawn = {round(line.get_xdata()[0], 1) for line in ax.lines if len(line.get_xdata()) == 1}

@@ -9,6 +9,7 @@ from tsp_utils.maps import umap_points as umap_points  # what plot_map draws
 
 CLASS_PALETTE = sns.color_palette("tab10")
 MOST_NAMED = 20  # classes whose names still fit beside a map or a matrix
+MARKERS = "osD^vPX<>*"  # a shape beside the colour
 BACKBONE_COLORS = {
     "pixels": "#8c8c8c", "vit_mini_random": "#c49c6b", "patch_kmeans": "#3a78a8",
     "invariant_patches": "#c2549d", "vit_nano_cpu": "#7d5ba6",
@@ -16,6 +17,17 @@ BACKBONE_COLORS = {
     "resnet_nano_cpu": "#4f9a94", "resnet_contrast_cifar10": "#b03a2e",
     "dino_resnet50": "#6a9f58", "dino_vits16": "#d1605e", "dino_vitb16": "#967662",
 }
+WORDS = {  # what figures say for the names of the library
+    "vit_mini_random": "untrained ViT", "patch_kmeans": "patches (K-means)",
+    "invariant_patches": "patches (invariant)", "vit_nano_cpu": "small ViT",
+    "vit_nano_cpu_cifar10_4k": "small ViT, target alone", "vit_pico_cpu": "smaller ViT",
+    "resnet_nano_cpu": "small ResNet", "resnet_contrast_cifar10": "ResNet (SimCLR)",
+    "dino_resnet50": "ResNet-50", "dino_vits16": "ViT-S/16", "dino_vitb16": "ViT-B/16",
+    "cifar10": "CIFAR-10", "stl10": "STL-10", "fashion-mnist": "Fashion-MNIST",
+    "cifar100-20": "CIFAR-100-20", "k-means": "K-means", "k-means-20": "K-means, best of 20",
+    "spherical k-means": "spherical K-means", "head": "TSP head", "gmm": "Gaussian mixture",
+    "tsp consensus": "TSP, consensus", "spectral": "spectral", "secu": "SeCu",
+    "1e-4": "rate 1e-4", "1e-5": "rate 1e-5"}
 METHOD_COLORS = {"k-means": "#9aa5b1", "head": "#d1605e"}
 
 
@@ -24,7 +36,8 @@ def set_style() -> None:
     sns.set_theme(context="notebook", style="whitegrid", font_scale=1.0,
                   rc={"axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.92",
                       "figure.dpi": 80, "savefig.dpi": 110, "axes.titlesize": "medium",
-                      "legend.frameon": False, "axes.titlelocation": "left"})
+                      "legend.frameon": False, "axes.titlelocation": "left",
+                      "svg.hashsalt": "tsp"})
 
 
 def backbone_color(name: str):
@@ -32,13 +45,30 @@ def backbone_color(name: str):
     return BACKBONE_COLORS.get(name) or sns.color_palette("husl", 8)[sum(map(ord, name)) % 8]
 
 
+def in_words(name: str) -> str:
+    """What a figure says for a backbone, data set or method; a name without words stays."""
+    return WORDS.get(name, name)
+
+
+def label_lines(ax, size: float = 9) -> None:
+    """Each labelled line's name in words beside its right end, pushed up from the one below."""
+    height, low, ends = np.ptp(ax.get_ylim()) * size / 130, -np.inf, []
+    for line, label in zip(*ax.get_legend_handles_labels(), strict=True):
+        line = line if hasattr(line, "get_ydata") else line[0]  # errorbar
+        ends.append((np.asarray(line.get_ydata())[-1], in_words(label), line.get_color()))
+    for y, label, color in sorted(ends):
+        low = max(y, low + height)
+        ax.text(1.01, low, label, color=color, fontsize=size, va="center",
+                transform=ax.get_yaxis_transform())
+
+
 def plot_consistency(table: pd.DataFrame, ax):
     """Label consistency against K (Fig. 1). table: columns backbone, k, consistency (percent)."""
     for name, rows in table.groupby("backbone", sort=False):
-        ax.plot(rows["k"], rows["consistency"], marker="o", markersize=3.5, label=name,
+        ax.plot(rows["k"], rows["consistency"], marker="o", markersize=4, label=name,
                 color=backbone_color(name))
     ax.set(xlabel="neighbours K", ylabel="label consistency (%)", ylim=(0, 100))
-    ax.legend(fontsize=10)
+    label_lines(ax)
 
 
 def plot_images(images: np.ndarray, titles=None, n_columns: int = 10, colors=None):
@@ -77,14 +107,15 @@ def plot_confusion(counts: np.ndarray, classes, class_of, ax):
 
 
 def plot_map(points: np.ndarray, groups: np.ndarray, names, ax, legend: bool = True):
-    """A two-dimensional map [N, 2] coloured by group [N]; no legend for more than twenty names."""
+    """A map [N, 2], colour and shape by group [N]; no legend for more than twenty names."""
     colors = CLASS_PALETTE if len(names) <= len(CLASS_PALETTE) else sns.husl_palette(len(names))
     for c, name in enumerate(names):
         chosen = points[groups == c]
-        ax.scatter(chosen[:, 0], chosen[:, 1], s=5 if len(points) > 1000 else 14, alpha=0.7,
-                   color=colors[c], label=name, linewidths=0)
+        ax.scatter(chosen[:, 0], chosen[:, 1], s=8 if len(points) > 1000 else 18, alpha=0.7,
+                   color=colors[c], label=name, linewidths=0, marker=MARKERS[c % len(MARKERS)],
+                   rasterized=True)
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     ax.spines[:].set_visible(False)
     if legend and len(names) <= MOST_NAMED:
-        ax.legend(markerscale=3, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.legend(markerscale=2, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -5,126 +5,78 @@ import re
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from tsp_utils.plots import METHOD_COLORS
+from tsp_utils.plots import METHOD_COLORS, WORDS, in_words
 from tsp_utils.study.claims import claim_of
 
 SOURCE_COLOR, TARGET_COLOR = "#7d5ba6", "#e0a03b"  # claim C6, in every figure
-VERDICT_COLORS = {"holds": "#4a9d5b", "does not hold": "#c9504c", "inconclusive": "#e0a03b",
-                  "not tested": "0.6"}
-DISPLAY_NAMES = {"k-means": "K-means", "head": "TSP head"}
+VERDICTS = {"holds": ("o", "#2f7fb8"), "does not hold": ("X", "#c9504c"),  # shape and colour
+            "inconclusive": ("D", "#b98213"), "not tested": ("s", "0.5")}
 WITHOUT_HEAD = ("k-means", "k-means-20", "spherical k-means", "gmm", "spectral")
 
 
 def plot_method(ax):
     """Fig. 3 in our words: what is frozen, what is trained, where labels come in."""
-    boxes = [
-        (0.0, "images of\nthe target", "0.93"),
-        (1.0, "backbone,\npretrained without\nlabels on a larger\nsource (DINO)", "#dce8f2"),
-        (2.0, "features\nx in R$^D$", "0.93"),
-        (3.0, "K nearest\nneighbours,\nweights P(j|i)\n(Eq. 4)", "#dce8f2"),
-        (4.0, "linear head\nsoftmax(Wx + b),\nfrom K-means,\nby Eq. 5", "#f4d9d8"),
-        (5.0, "clusters", "0.93"),
-    ]
-    for x, text, color in boxes:
-        ax.add_patch(FancyBboxPatch((x * 1.25, 0), 1.06, 0.9, boxstyle="round,pad=0.02",
-                                    facecolor=color, edgecolor="0.5", linewidth=0.8))
-        ax.text(x * 1.25 + 0.53, 0.45, text, ha="center", va="center", fontsize=9)
-        if x:
-            ax.annotate("", (x * 1.25 - 0.02, 0.45), (x * 1.25 - 0.17, 0.45),
+    grey, blue, red = ("0.93", "0.35"), ("#dce8f2", "#2f6690"), ("#f4d9d8", "#b04a48")
+    boxes = (("images of\nthe target", grey, ""),
+             ("backbone,\npretrained\nwithout labels on\na larger source\n(DINO)", blue, "frozen"),
+             ("features\nx in R$^D$", grey, ""),
+             ("K nearest\nneighbours,\nweights P(j|i)\n(Eq. 4)", blue, "searched once"),
+             ("linear head\nsoftmax(Wx + b),\nfrom K-means,\nby Eq. 5", red, "all that learns"),
+             ("clusters", grey, "labels only\nto score"))
+    for i, (text, (face, dark), below) in enumerate(boxes):
+        x = 1.7 * i
+        ax.add_patch(FancyBboxPatch((x, 0), 1.4, 1, boxstyle="round,pad=0.02", facecolor=face,
+                                    edgecolor="0.5", linewidth=0.8))
+        ax.text(x + 0.7, 0.5, text, ha="center", va="center", fontsize=9)
+        ax.text(x + 0.7, -0.1, below, ha="center", va="top", fontsize=9.5, color=dark)
+        if i:
+            ax.annotate("", (x - 0.02, 0.5), (x - 0.28, 0.5),
                         arrowprops=dict(arrowstyle="-|>", color="0.35"))
-    ax.text(1.78, -0.12, "frozen", ha="center", va="top", fontsize=9.5, color="#3a78a8")
-    ax.text(5.53, -0.12, "learned: this alone", ha="center", va="top", fontsize=9.5,
-            color="#b04a48")
-    ax.text(6.78, -0.12, "labels: only to score", ha="center", va="top", fontsize=9.5, color="0.35")
-    ax.set(xlim=(-0.1, 7.45), ylim=(-0.3, 1.0))
+    ax.set(xlim=(-0.1, 10.05), ylim=(-0.45, 1.1))
     ax.axis("off")
 
 
-def plot_curves(curves: np.ndarray, label: str, ax, reference: float | None = None):
-    """Training curves [E, S], one thin line a seed and their mean; an optional reference line."""
-    epochs = np.arange(1, len(curves) + 1)
-    color = METHOD_COLORS["head"]
-    ax.plot(epochs, curves, color=color, alpha=0.25, linewidth=0.8)
-    ax.plot(epochs, curves.mean(1), color=color, linewidth=2)
-    if reference is not None:
-        ax.axhline(reference, color="0.4", linestyle=":", linewidth=1.2)
-    ax.set(xlabel="epoch", title=label)
-
-
-def plot_kmeans_against_head(table: pd.DataFrame, metric: str, ax):
-    """Each seed as a line from its K-means to its head. table: columns method, seed, <metric>."""
-    wide = table.pivot(index="seed", columns="method", values=metric)[["k-means", "head"]]
-    ax.plot([0, 1], wide.T, color="0.75", linewidth=1, zorder=1)
-    for x, method in enumerate(wide):
-        ax.scatter(np.full(len(wide), x), wide[method], color=METHOD_COLORS[method], zorder=2, s=28)
-        ax.errorbar(x + (0.14 if x else -0.14), wide[method].mean(), wide[method].std(),
-                    color=METHOD_COLORS[method], marker="_", markersize=14, capsize=3)
-    ax.set(xticks=[0, 1], xticklabels=[DISPLAY_NAMES[m] for m in wide], xlim=(-0.5, 1.5),
-           ylabel=f"{metric.upper()} (%)")
-
-
-def plot_crossover(table: pd.DataFrame, metric: str, ax):
-    """Target-only arms over the number of their images, the source's arm as a band.
-
-    table: one row an arm, with columns arm, n_images, <metric>_mean and <metric>_std.
-    """
-    mean, std = f"{metric}_mean", f"{metric}_std"
-    source = table[table["arm"] == "source"].iloc[0]
-    ax.axhspan(source[mean] - source[std], source[mean] + source[std], alpha=0.15,
-               color=SOURCE_COLOR, linewidth=0)
-    ax.axhline(source[mean], color=SOURCE_COLOR, label="source")
-    target = table[table["arm"].str.fullmatch(r"target [\d,]+")].sort_values("n_images")
-    ax.errorbar(target["n_images"], target[mean], target[std], color=TARGET_COLOR, marker="o",
-                capsize=3, label="target alone")
-    rest = table[~table.index.isin(target.index) & (table["arm"] != "source")]
-    for marker, (_, row) in zip("sDv^", rest.iterrows(), strict=False):
-        ax.errorbar(row["n_images"], row[mean], row[std], color="0.35", marker=marker, capsize=3,
-                    linestyle="none", label=row["arm"])
-    ax.set(xscale="log", xlabel="images learned from", ylabel=f"{metric.upper()} (%)")
-    sizes = sorted({int(n) for n in table["n_images"]})
-    ax.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=35)
-    ax.set_xticks([], minor=True)
-    ax.legend(fontsize=9)
-
-
-def plot_ledger(table: pd.DataFrame, ax):
-    """One line a claim: difference and interval, the margin as a bar, the verdict as its colour.
+def plot_ledger(table: pd.DataFrame, ax, paper: dict[str, float] | None = None):
+    """One line a claim: difference and interval, the margin as a bar, the verdict in words.
 
     table: columns id, mean, low, high, rule ("m = 2; ..."), verdict, qualifier, backbone, target;
-    the first claim on top. An equivalence (C9) has a bar at both ends of its band; a verdict that
-    another metric capped says so.
+    the first claim on top. paper: its own difference by id, a star. An equivalence (C9) has a bar
+    at both ends of its band. What lies beyond the intervals' axis stands at its edge as a number.
     """
-    y = np.arange(len(table))[::-1]
-    margins = table["rule"].str.extract(r"m = ([\d.]+)")[0].astype(float)
-    for verdict, color in VERDICT_COLORS.items():
-        rows = (table["verdict"] == verdict).to_numpy()
-        points = table[rows]
-        spread = np.abs(points[["low", "high"]].to_numpy() - points[["mean"]].to_numpy()).T
-        ax.errorbar(points["mean"], y[rows], xerr=np.nan_to_num(spread), fmt="o", capsize=3,
-                    color=color, label=f"{verdict} ({rows.sum()})")
-    ax.scatter(margins, y, marker="|", s=160, color="0.35", linewidths=1.6)
-    both = table["rule"].str.contains("equivalence").to_numpy()
-    ax.scatter(-margins[both], y[both], marker="|", s=160, color="0.35", linewidths=1.6)
+    limit = 1.5 * max(1.0, float(np.nanmax(np.abs(table[["low", "high"]].to_numpy(float)))))
     ax.axvline(0, color="0.75", linewidth=1)
-    ax.set(yticks=y, yticklabels=[f"{claim_of(i).name}  {i}" for i in table["id"]],
-           xlabel="difference (points)", ylim=(-0.7, y[0] + 0.7))
-    for (_, row), height in zip(table.fillna("").iterrows(), y, strict=True):
-        capped = re.search(r"[A-Z]{3}( and [A-Z]{3})? pointing the other way", row["qualifier"])
-        where = ", ".join(filter(None, (row["backbone"], row["target"])))
-        ax.text(1.01, height, "; ".join(filter(None, (where, capped and capped[0]))), fontsize=9,
-                color="0.35", va="center", transform=ax.get_yaxis_transform())
-    ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.14), ncols=4, fontsize=9.5,
-              columnspacing=1, handletextpad=0.3)
+    for y, (_, row) in zip(range(len(table))[::-1], table.iterrows(), strict=True):
+        marker, color = VERDICTS[row["verdict"]]
+        reach = np.nan_to_num([[row["mean"] - row["low"]], [row["high"] - row["mean"]]])
+        ax.errorbar(row["mean"], y, xerr=reach, fmt=marker, capsize=3, color=color)
+        margin = float(re.search(r"m = ([\d.]+)", row["rule"])[1])
+        marks = [(margin, "|"), ((paper or {}).get(row["id"], np.nan), "*")]
+        marks += [(-margin, "|")] * ("equivalence" in row["rule"])
+        for x, shape in marks:
+            if abs(x) <= limit:
+                ax.scatter(x, y - 0.3 * (shape == "*"), marker=shape, s=90, color="0.35")
+        beyond = [f"{'margin' if shape == '|' else 'paper'} {x:.3g}"
+                  for x, shape in marks if x > limit]
+        ax.text(limit, y - 0.3, "  ".join(beyond) + " \u2192" * bool(beyond), ha="right",
+                va="center", fontsize=9, color="0.35")
+        capped = re.search(r"[A-Z]{3}( and [A-Z]{3})? pointing the other way", f"{row.qualifier}")
+        where = [in_words(row[key]) for key in ("backbone", "target") if row[key] == row[key]]
+        words = (row["verdict"], ", ".join(filter(None, where)), capped and capped[0])
+        ax.text(1.01, y, "; ".join(filter(None, words)), fontsize=9, color=color, va="center",
+                transform=ax.get_yaxis_transform())
+    ax.set(yticks=range(len(table))[::-1], xlim=(-limit, limit), ylim=(-0.7, len(table) - 0.3),
+           yticklabels=[f"{claim_of(i).name}  {i}" for i in table["id"]],
+           xlabel="difference (points); bar: margin; star: paper")
 
 
 def plot_heads(table: pd.DataFrame, order, ax, bound: float | None = None):
     """One line a clustering method on one feature set: mean ACC and standard deviation.
 
     table: columns method, acc_mean, acc_std (percent); order: the methods, best on top; bound: the
-    linear probe's ACC. Trained heads are red, TSP filled; what has no head is grey. A method
-    without numbers gets the words "not run" at the left edge.
+    linear probe's ACC. Trained heads are red circles, TSP's filled; what has no head is a grey
+    square. A method without numbers gets the words "not run" at the left edge.
     """
     rows = table.set_index("method").reindex(order)
     y = np.arange(len(rows))[::-1]
@@ -135,27 +87,35 @@ def plot_heads(table: pd.DataFrame, order, ax, bound: float | None = None):
             continue
         trained = name not in WITHOUT_HEAD
         color = METHOD_COLORS["head"] if trained else "0.5"
-        ax.errorbar(row["acc_mean"], height, xerr=np.nan_to_num(row["acc_std"]), fmt="o", capsize=2,
-                    color=color, markerfacecolor=color if name == "tsp" else "white")
+        ax.errorbar(row["acc_mean"], height, xerr=np.nan_to_num(row["acc_std"]), capsize=2,
+                    fmt="o" if trained else "s", color=color,
+                    markerfacecolor=color if name == "tsp" else "white")
     if bound is not None:
         ax.axvline(bound, color="0.35", linestyle="--", linewidth=1.2)
-        ax.annotate("probe", (bound, y[0] + 0.5), fontsize=9, color="0.35", ha="right", rotation=90,
-                    va="top", xytext=(-2, 0), textcoords="offset points")
-    ax.set(yticks=y, yticklabels=order, xlabel="ACC (%)", ylim=(-0.7, y[0] + 0.7))
+        ax.annotate("with labels", (bound, y[0] + 0.5), fontsize=9, color="0.35", ha="right",
+                    rotation=90, va="top", xytext=(-2, 0), textcoords="offset points")
+    words = [WORDS.get(name, name.upper()) for name in order]
+    ax.set(yticks=y, yticklabels=words, xlabel="ACC (%)", ylim=(-0.7, y[0] + 0.7))
 
 
 def plot_finetuning_map(table: pd.DataFrame, value: str, columns, ax):
     """Loss and batch (rows) by depth and learning rate (columns): change against frozen, points.
 
-    table: columns row, column, <value>, n; columns: their order; what was not run stays empty.
+    table: columns row, column, <value>, n; columns: their order; what was not run stays empty, and
+    what is one seed is hatched.
     """
     wide = table.pivot(index="row", columns="column", values=value)
     wide = wide.reindex(index=table["row"].unique(), columns=columns)
     n = table.pivot(index="row", columns="column", values="n").reindex_like(wide)
-    text = wide.map("{:+.1f}".format) + n.map(lambda count: f"\nn = {count:.0f}")
+    text = wide.map(lambda change: f"{change:+.1f}".replace("-0.0", "+0.0"))
+    text += n.map(lambda count: f"\nn = {count:.0f}")
     limit = max(2.0, float(np.nanmax(np.abs(wide.to_numpy()))))  # half a point is not a colour
     sns.heatmap(wide, annot=text.where(wide.notna(), ""), fmt="", cmap="RdBu", vmin=-limit,
-                vmax=limit, ax=ax, annot_kws={"fontsize": 9.5}, cbar=False, linewidths=1)
+                vmax=limit, ax=ax, annot_kws={"fontsize": 9.5}, linewidths=1,
+                cbar_kws={"label": "points"})
+    for i, j in np.argwhere(n.to_numpy() == 1):
+        ax.add_patch(Rectangle((j, i), 1, 1, fill=False, hatch="//", edgecolor=(0.5, 0.5, 0.5, 0.4),
+                               linewidth=0))
     ax.set(xlabel="", ylabel="")
     ax.grid(False)
     ax.tick_params(axis="y", rotation=0)

@@ -4,6 +4,7 @@ import os
 import re
 import textwrap
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -178,14 +179,22 @@ class Study(Settings):
                  "split": f"fitted on {fitted}, scored on test"}[self.protocol]
         return f"{dataset}, {backbone}; {where}" + (f"; {what}" if what else "")
 
-    def save_figure(self, figure, name: str, data: pd.DataFrame, caption: str) -> None:
-        """Write figures/NAME.png beside the NAME.csv it was drawn from, the caption below it."""
-        lines = textwrap.fill(caption, int(13 * figure.get_figwidth()))  # characters an inch
-        figure.text(0.5, -0.01, lines, ha="center", va="top", fontsize=9.5, color="0.25")
+    def save_figure(self, figure, name: str, data: pd.DataFrame, caption: str,
+                    title: str = "") -> None:
+        """Write figures/NAME.png beside the NAME.csv it was drawn from, and print the caption.
+
+        title: the figure's one result, above it. With TSP_SVG set NAME.svg is written as well.
+        """
+        if title:
+            figure.suptitle(textwrap.fill(title, int(10.5 * figure.get_figwidth())), x=0.01,
+                            ha="left", fontsize=12, fontweight="bold")
+        print(textwrap.fill(caption, 100))
         self.save_table(data, name)
-        self.leave(f"figures/{name}.png", lambda file: figure.savefig(
-            file, format="png", dpi=110, bbox_inches="tight", pad_inches=0.15,
-            metadata={"Software": None}))
+        for kind in ("png", "svg")[: 1 + bool(os.environ.get("TSP_SVG"))]:
+            words = {{"png": "Software", "svg": "Date"}[kind]: None, "Description": caption}
+            self.leave(f"figures/{name}.{kind}", partial(
+                figure.savefig, format=kind, dpi=110, bbox_inches="tight", pad_inches=0.15,
+                metadata=words))
 
     def save_table(self, table: pd.DataFrame | str, name: str) -> None:
         """Write a table as figures/NAME.csv, without its index, or a text as figures/NAME.md."""
