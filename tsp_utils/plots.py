@@ -6,28 +6,11 @@ import pandas as pd
 import seaborn as sns
 
 from tsp_utils.maps import umap_points as umap_points  # what plot_map draws
+from tsp_utils.networks.words import BACKBONE_COLORS, WORDS
 
 CLASS_PALETTE = sns.color_palette("tab10")
 MOST_NAMED = 20  # classes whose names still fit beside a map or a matrix
 MARKERS = "osD^vPX<>*"  # a shape beside the colour
-BACKBONE_COLORS = {
-    "pixels": "#8c8c8c", "vit_mini_random": "#c49c6b", "patch_kmeans": "#3a78a8",
-    "invariant_patches": "#c2549d", "vit_nano_cpu": "#7d5ba6",
-    "vit_nano_cpu_cifar10_4k": "#e0a03b", "vit_pico_cpu": "#b79fd0",
-    "resnet_nano_cpu": "#4f9a94", "resnet_contrast_cifar10": "#b03a2e",
-    "dino_resnet50": "#6a9f58", "dino_vits16": "#d1605e", "dino_vitb16": "#967662",
-}
-WORDS = {  # what figures say for the names of the library
-    "vit_mini_random": "untrained ViT", "patch_kmeans": "patches (K-means)",
-    "invariant_patches": "patches (invariant)", "vit_nano_cpu": "small ViT",
-    "vit_nano_cpu_cifar10_4k": "small ViT, target alone", "vit_pico_cpu": "smaller ViT",
-    "resnet_nano_cpu": "small ResNet", "resnet_contrast_cifar10": "ResNet (SimCLR)",
-    "dino_resnet50": "ResNet-50", "dino_vits16": "ViT-S/16", "dino_vitb16": "ViT-B/16",
-    "cifar10": "CIFAR-10", "stl10": "STL-10", "fashion-mnist": "Fashion-MNIST",
-    "cifar100-20": "CIFAR-100-20", "k-means": "K-means", "k-means-20": "K-means, best of 20",
-    "spherical k-means": "spherical K-means", "head": "TSP head", "gmm": "Gaussian mixture",
-    "tsp consensus": "TSP, consensus", "spectral": "spectral", "secu": "SeCu",
-    "1e-4": "rate 1e-4", "1e-5": "rate 1e-5"}
 METHOD_COLORS = {"k-means": "#9aa5b1", "head": "#d1605e"}
 
 
@@ -36,8 +19,7 @@ def set_style() -> None:
     sns.set_theme(context="notebook", style="whitegrid", font_scale=1.0,
                   rc={"axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.92",
                       "figure.dpi": 80, "savefig.dpi": 110, "axes.titlesize": "medium",
-                      "legend.frameon": False, "axes.titlelocation": "left",
-                      "svg.hashsalt": "tsp"})
+                      "legend.frameon": False, "axes.titlelocation": "left", "svg.hashsalt": "0"})
 
 
 def backbone_color(name: str):
@@ -54,7 +36,6 @@ def label_lines(ax, size: float = 9) -> None:
     """Each labelled line's name in words beside its right end, pushed up from the one below."""
     height, low, ends = np.ptp(ax.get_ylim()) * size / 130, -np.inf, []
     for line, label in zip(*ax.get_legend_handles_labels(), strict=True):
-        line = line if hasattr(line, "get_ydata") else line[0]  # errorbar
         ends.append((np.asarray(line.get_ydata())[-1], in_words(label), line.get_color()))
     for y, label, color in sorted(ends):
         low = max(y, low + height)

@@ -191,10 +191,9 @@ class Study(Settings):
         print(textwrap.fill(caption, 100))
         self.save_table(data, name)
         for kind in ("png", "svg")[: 1 + bool(os.environ.get("TSP_SVG"))]:
-            words = {{"png": "Software", "svg": "Date"}[kind]: None, "Description": caption}
             self.leave(f"figures/{name}.{kind}", partial(
                 figure.savefig, format=kind, dpi=110, bbox_inches="tight", pad_inches=0.15,
-                metadata=words))
+                metadata={"Software" if kind == "png" else "Date": None, "Description": caption}))
 
     def save_table(self, table: pd.DataFrame | str, name: str) -> None:
         """Write a table as figures/NAME.csv, without its index, or a text as figures/NAME.md."""
