@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import what_ships
 from tsp_utils.__main__ import main
-from tsp_utils.datasets import DATASETS, DatasetInfo
+from tsp_utils.datasets import DATASETS
 from tsp_utils.files.paths import bundled_dir
+from tsp_utils.files.published_sets import DatasetInfo
 from tsp_utils.study import feature_sets
 from tsp_utils.study.profile import load_study
 

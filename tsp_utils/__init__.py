@@ -19,6 +19,7 @@ _HOME = {
         "Neighbors", "nearest_neighbors", "neighbor_weights", "neighbor_perplexity",
         "label_consistency", "knn_accuracy",
     ],
+    "approximate": ["find_neighbors"],
     "losses": ["tsp_loss"],
     "k_means": ["kmeans"],
     "heads": ["LinearHeads", "init_heads", "train_heads"],

@@ -9,67 +9,13 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
+from tsp_utils.files import image_folders as folders
 from tsp_utils.files.downloads import read_idx_pair, read_published
-from tsp_utils.files.image_folders import (
-    ImageFiles,
-    find_images,
-    labels_from_folders,
-    list_images,
-    read_images,
-)
 from tsp_utils.files.paths import bundled_dir, data_dir
+from tsp_utils.files.published_sets import DATASETS as DATASETS
 from tsp_utils.unknown_names import unknown
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What is published about a set: images a split, its source, the names of its classes."""
-
-    splits: dict[str, int]
-    source: str
-    classes: tuple[str, ...] = ()  # in label order; empty: read from the files
-    torchvision: str | None = None  # torchvision's class of this set; None: image folder only
-
-
-CIFAR_SOURCE = "Krizhevsky (2009), https://www.cs.toronto.edu/~kriz/cifar.html; no licence stated"
-DATASETS = {
-    "fashion-mnist": DatasetInfo(
-        {"train": 60_000, "test": 10_000},
-        "Xiao et al. (2017), https://github.com/zalandoresearch/fashion-mnist; MIT",
-        ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
-         "Bag", "Ankle boot"),
-        "FashionMNIST",
-    ),
-    "digits": DatasetInfo(
-        {"test": 1_797},
-        "Alpaydin and Kaynak (1998), the test part, 8 px, as it comes with scikit-learn; CC BY 4.0",
-        tuple("0123456789"),
-    ),
-    "cifar10": DatasetInfo(
-        {"train": 50_000, "test": 10_000}, CIFAR_SOURCE,
-        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        "CIFAR10",
-    ),
-    "cifar100": DatasetInfo(
-        {"train": 50_000, "test": 10_000}, CIFAR_SOURCE, torchvision="CIFAR100"),
-    "cifar100-20": DatasetInfo(
-        {"train": 50_000, "test": 10_000}, CIFAR_SOURCE + "; the 20 superclasses",
-        torchvision="CIFAR100"),
-    "stl10": DatasetInfo(
-        {"train": 5_000, "test": 8_000, "unlabeled": 100_000},
-        "Coates et al. (2011), https://cs.stanford.edu/~acoates/stl10/; drawn from ImageNet, "
-        "no licence stated",
-        ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
-        "STL10",
-    ),
-    "tinyimagenet32": DatasetInfo(
-        {"train": 100_000, "val": 10_000},
-        "Tiny-ImageNet-200 (Stanford CS231n) at 32 px, http://cs231n.stanford.edu/; "
-        "ImageNet's terms: research only",
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +28,7 @@ class ImageDataset:
 
     name: str
     split: str | None
-    images: np.ndarray | ImageFiles = field(repr=False)
+    images: np.ndarray | folders.ImageFiles = field(repr=False)
     labels: np.ndarray | None = field(default=None, repr=False)
     classes: tuple[str, ...] = ()
     paths: tuple[str, ...] | None = field(default=None, repr=False)
@@ -94,7 +40,7 @@ class ImageDataset:
     def fingerprint(self) -> str:
         """Hex SHA-256 of the images in their order (of files: names and bytes), not the labels."""
         digest = hashlib.sha256()
-        if isinstance(self.images, ImageFiles):
+        if isinstance(self.images, folders.ImageFiles):
             for path in self.images.paths:
                 content = self.images.read_bytes(path)
                 name = f"{path}\0{len(content)}\0"
@@ -109,8 +55,8 @@ class ImageDataset:
         """The images at `indices` (integers, a slice or a boolean mask [N]), in that order."""
         chosen = np.arange(len(self))[indices]
         paths = None if self.paths is None else tuple(self.paths[i] for i in chosen)
-        if isinstance(self.images, ImageFiles):
-            images = ImageFiles(self.images.folder, [self.images.paths[i] for i in chosen])
+        if isinstance(self.images, folders.ImageFiles):
+            images = folders.ImageFiles(self.images.folder, [self.images.paths[i] for i in chosen])
         else:
             images = self.images[chosen]
         labels = None if self.labels is None else self.labels[chosen]
@@ -142,18 +88,15 @@ def load_dataset(name: str | Path, split: str | None = "test", root: str | Path 
         images = np.round(found.images[..., None] * (255 / 16)).astype(np.uint8)
         return ImageDataset(name, split, images, found.target.astype(np.int64), info.classes)
     folder = root / name / split
-    if folder.is_dir() and (paths := find_images(folder)):
+    if folder.is_dir() and (paths := folders.find_images(folder)):
         if len(paths) != info.splits[split]:
-            logger.warning(
-                "%s holds %d images, but %s %s is published with %d.",
-                folder, len(paths), name, split, info.splits[split],
-            )  # fmt: skip
+            logger.warning("%s holds %d images, but %s %s is published with %d.", folder,
+                           len(paths), name, split, info.splits[split])
         return _load_folder(name, split, folder, paths)
     if info.torchvision is None:
-        raise FileNotFoundError(
-            f"{name} is not downloaded automatically: lay its images out as "
-            f"{folder}/<class>/*.JPEG, or set TSP_DATA (or root=) to the folder above {name}."
-        )
+        raise FileNotFoundError(f"{name} is not downloaded automatically: lay its images out as "
+                                f"{folder}/<class>/*.JPEG, or set TSP_DATA (or root=) to the "
+                                f"folder above {name}.")
     images, labels, classes = read_published(name, info.torchvision, split, root, download)
     classes = () if labels is None else info.classes or classes
     return ImageDataset(name, split, images, labels, classes)
@@ -166,16 +109,15 @@ def _load_path(name: str | Path, split: str | None) -> ImageDataset:
         raise ValueError(unknown("data set", name, [*DATASETS, "or a folder of images"]))
     if split not in (None, "test"):  # "test" is the default, so it says nothing
         raise ValueError(f"A folder of images has no split {split!r}: pass the folder itself.")
-    return _load_folder(folder.resolve().name, None, folder, list_images(folder))
+    return _load_folder(folder.resolve().name, None, folder, folders.list_images(folder))
 
 
 def _load_folder(name: str, split: str | None, folder: Path, paths: list[str]) -> ImageDataset:
-    labels, classes = labels_from_folders(paths, DATASETS[name].classes if split else ())
+    labels, classes = folders.labels_from_folders(paths, DATASETS[name].classes if split else ())
     if split == "unlabeled":
         labels, classes = None, ()
     if labels is None and any("/" in path for path in paths) and not split:
-        logger.warning(
-            "%s is taken as images without labels: labels need two or more class folders "
-            "(which train and test are not) and no image beside them.", folder,
-        )  # fmt: skip
-    return ImageDataset(name, split, read_images(folder, paths), labels, classes, tuple(paths))
+        logger.warning("%s is taken as images without labels: labels need two or more class "
+                       "folders (which train and test are not) and no image beside them.", folder)
+    images = folders.read_images(folder, paths)
+    return ImageDataset(name, split, images, labels, classes, tuple(paths))

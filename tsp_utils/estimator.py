@@ -6,18 +6,13 @@ from numbers import Integral, Real
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.special import softmax
-from sklearn.base import (
-    BaseEstimator,
-    ClassNamePrefixFeaturesOutMixin,
-    ClusterMixin,
-    TransformerMixin,
-)
+from sklearn import base
 from sklearn.utils import check_random_state, gen_batches
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from tsp_utils.approximate import find_neighbors
 from tsp_utils.devices import find_device
 from tsp_utils.heads import best_head, check_training, init_heads, train_heads, warn_of_collapse
-from tsp_utils.neighbors import nearest_neighbors
 from tsp_utils.scaling import Scaler
 
 # Nats of loss by which a head's vote falls to 1 / e of the best one's: chosen on five feature sets
@@ -27,13 +22,15 @@ LEAST_VOTE = 0.01  # of all; heads with less are left out
 MATCHED_ON = 20_000  # samples
 
 
-class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
+class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.ClusterMixin,
+                    base.BaseEstimator):
     """The clustering head of TSP on features [N, D] from a frozen backbone (Secs 3.2, 4.2).
 
     `n_init` heads start from their own K-means (or at random) and train at once on Eq. 5. keep
     "all": they vote by their probabilities, matched to the head with the lowest training loss, each
     with the weight exp(-(its loss - the lowest) / 0.02), so that two fits agree better. keep
-    "best": that head alone, as in the paper. No label is read. Other parameters are those of
+    "best": that head alone, as in the paper. No label is read. neighbor_search is the search of
+    `find_neighbors`: exact up to 200,000 samples, or as named. Other parameters are those of
     `train_heads` and `nearest_neighbors`; n_neighbors is lowered, with a warning, where there are
     too few samples, and a batch is an eighth of them, at least 32 and at most batch_size.
 
@@ -51,8 +48,8 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
 
     def __init__(self, n_clusters=8, *, n_neighbors=20, n_init=10, init="k-means",
                  entropy_weight=3.0, max_epochs=100, min_steps=2000, batch_size=256,
-                 learning_rate=1e-4, metric="cosine", keep="all", device="auto",
-                 random_state=None):
+                 learning_rate=1e-4, metric="cosine", neighbor_search="auto", keep="all",
+                 device="auto", random_state=None):
         self.n_clusters = n_clusters
         self.n_neighbors = n_neighbors
         self.n_init = n_init
@@ -63,6 +60,7 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.metric = metric
+        self.neighbor_search = neighbor_search
         self.keep = keep
         self.device = device
         self.random_state = random_state
@@ -77,7 +75,8 @@ class TSPClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMi
         scaler = Scaler().fit(X)
         check_weights(X)
         features = scaler.transform(X)
-        neighbors = nearest_neighbors(features, self._usable_neighbors(len(X)), self.metric, device)
+        neighbors = find_neighbors(features, self._usable_neighbors(len(X)), self.metric,
+                                   device, self.neighbor_search)
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=self.n_init).tolist()
         heads = init_heads(features, self.n_clusters, seeds, self.init)
         with warnings.catch_warnings():  # of heads that are not kept nobody needs to hear

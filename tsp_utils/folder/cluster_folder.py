@@ -16,6 +16,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from tsp_utils import cache
+from tsp_utils.approximate import find_neighbors
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.estimator import TSPClustering
 from tsp_utils.features import cached_features
@@ -31,7 +32,7 @@ from tsp_utils.files.image_folders import (
 from tsp_utils.files.paths import cache_dir, without_empty, write_together
 from tsp_utils.folder.choice import choose_backbone, usual_px
 from tsp_utils.folder.readable_files import ReadableFiles
-from tsp_utils.neighbors import Neighbors, nearest_neighbors
+from tsp_utils.neighbors import Neighbors
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
         warnings.simplefilter("always", UserWarning)
         model = TSPClustering(n_clusters, random_state=seed, **settings).fit(features)
     notes += [str(warning.message) for warning in told if warning.category is UserWarning]
-    neighbors = nearest_neighbors(features, min(model.n_neighbors, len(features) - 1), model.metric)
+    neighbors = find_neighbors(features, min(model.n_neighbors, len(features) - 1), model.metric)
     return FolderClusters(
         folder, tuple(readable), features, model.labels_, model.predict_proba(features),
         model.stability_, neighbors, model.history_, labels, classes, files.unreadable, notes,

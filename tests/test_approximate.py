@@ -1,0 +1,77 @@
+"""The search for very many samples, held against the exact one."""
+
+import logging
+import warnings
+
+import numpy as np
+import pytest
+
+from benchmarks import many_images
+from tsp_utils import TSPClustering, approximate, find_neighbors, nearest_neighbors
+from tsp_utils.heads import init_heads, train_heads
+from tsp_utils.neighbors import METRICS
+
+N, ALONE, TWINS = 26_000, 100, 60  # enough for lists; the last ones: far from all, then all alike
+rng = np.random.default_rng(0)
+X = rng.standard_normal((N, 16)) + 2 * rng.standard_normal((50, 16))[rng.integers(0, 50, N)]
+X[-ALONE - TWINS : -TWINS] *= 1000
+X[-TWINS:] = X[0]
+X = X.astype(np.float32)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nearly_all_neighbours_are_found_at_their_exact_distances(metric, caplog):
+    caplog.set_level(logging.INFO, "tsp_utils")
+    exact, found = nearest_neighbors(X, 10, metric), find_neighbors(X, 10, metric,
+                                                                    search="approximate")
+    assert ("lists each" in caplog.text) == (metric != "inner")  # which no lists serve
+    assert found.indices.shape == (N, 10) and found.metric == metric
+    assert found.indices.min() >= 0 and (found.indices != np.arange(N)[:, None]).all()
+    shared = [np.isin(*pair).mean() for pair in zip(exact.indices[:-TWINS], found.indices[:-TWINS],
+                                                    strict=True)]  # of twins any will do
+    assert np.mean(shared) > 0.985
+    if metric == "euclidean":  # whose lists nearby hold too few
+        assert np.mean(shared[-ALONE:]) == 1
+    same = exact.indices == found.indices
+    np.testing.assert_allclose(found.distances[same], exact.distances[same], rtol=1e-4, atol=1e-6)
+    if metric != "inner":
+        assert not found.distances[-TWINS:].any() and (np.diff(found.distances) > -1e-3).all()
+
+
+def test_many_samples_and_no_others_are_searched_so(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "tsp_utils")
+    find_neighbors(X[:2000], 10, search="approximate")  # too few for lists
+    find_neighbors(X[:2000], 10)
+    monkeypatch.setattr(approximate, "EXACT_UP_TO", N - 200)
+    find_neighbors(X, 10, search="exact")
+    assert not caplog.records
+    quick = dict(n_init=1, max_epochs=1, min_steps=1, random_state=0)
+    with warnings.catch_warnings(action="ignore"):
+        TSPClustering(3, **quick).fit(X[:2000])
+        assert not caplog.records
+        TSPClustering(3, **quick).fit(X[: -ALONE - TWINS + 100])
+    assert "lists each" in caplog.text
+    with pytest.raises(ValueError, match="neighbor_search is 'near'; pass one of auto, exact"):
+        TSPClustering(3, neighbor_search="near").fit(X[:100])
+
+
+def test_heads_train_on_a_map_as_on_an_array(tmp_path):
+    x = np.ascontiguousarray(X[:300])
+    np.save(tmp_path / "x.npy", x)
+    mapped, heads = np.load(tmp_path / "x.npy", mmap_mode="c"), []
+    for features in (x, mapped):
+        heads.append(init_heads(x, 3, [0, 1], "random"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "Collapse")
+            train_heads(heads[-1], features, nearest_neighbors(x, 5), max_epochs=3, min_steps=1,
+                        batch_size=32, progress=False)
+    np.testing.assert_array_equal(*(h.weight.detach().numpy() for h in heads))
+
+
+def test_every_stage_of_the_table_runs(tmp_path):
+    many_images.write_vectors(tmp_path / "x.npy", 120)
+    x = np.load(tmp_path / "x.npy", mmap_mode="c")
+    assert x.shape == (120, many_images.D) and np.isfinite(x).all() and len(np.unique(x[:, 0])) > 99
+    for stage in many_images.stages(x).values():
+        stage()

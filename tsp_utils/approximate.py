@@ -1,0 +1,71 @@
+"""Nearest neighbours of however many samples: exact, or nearly all by faiss's inverted lists."""
+
+import logging
+import math
+
+import faiss
+import numpy as np
+
+from tsp_utils.neighbors import METRICS, Neighbors, nearest_neighbors
+from tsp_utils.scaling import check_finite
+
+SEARCHES = ("auto", "exact", "approximate")
+EXACT_UP_TO = 200_000  # samples: minutes of two cores, and four times as long for twice as many
+FEWEST = 25_600  # samples: K-means wants 40 of them for each of its 4 sqrt(N) lists
+WANTED, ASKED = 0.99, 500  # the share of the true neighbours, and the samples it is measured on
+logger = logging.getLogger(__name__)
+
+
+def find_neighbors(features: np.ndarray, k: int, metric: str = "cosine", device: str = "cpu",
+                   search: str = "auto") -> Neighbors:
+    """`nearest_neighbors`, or on a CPU an approximate search that ends for a million samples.
+
+    features [N, D], scaled as by `Scaler`. search: "exact", "approximate", or "auto", which is
+    exact up to 200,000 samples and on another device. Approximately: K-means cuts the samples into
+    4 sqrt(N) lists, and each looks into so many of the nearest lists that 99 % of the exact
+    neighbours of 500 samples are found (the share is logged); their distances are exact. Where that
+    takes an eighth of the lists (inner products, as a rule), and for fewer than 25,600 samples, the
+    search is exact. Raises ValueError for another search, and what `nearest_neighbors` raises.
+    """
+    if search not in SEARCHES:
+        raise ValueError(f"neighbor_search is {search!r}; pass one of {', '.join(SEARCHES)}.")
+    many = device == "cpu" and len(features) > EXACT_UP_TO
+    asked = search == "approximate" or (search == "auto" and many)
+    return (asked and _by_lists(features, k, metric)) or nearest_neighbors(features, k, metric,
+                                                                           device)
+
+
+def _by_lists(features: np.ndarray, k: int, metric: str) -> Neighbors | None:
+    """The approximate search; None where the exact one is quicker, or refuses."""
+    n = len(features)
+    if not 3 <= k < n or metric not in METRICS or n < FEWEST:
+        return None
+    check_finite(features)
+    x = np.array(features, np.float32)  # of its own: it may be brought to unit length
+    if metric == "cosine":
+        faiss.normalize_L2(x)
+    kind = faiss.METRIC_L2 if metric == "euclidean" else faiss.METRIC_INNER_PRODUCT
+    rng, n_lists = np.random.default_rng(0), int(4 * math.sqrt(n))
+    index = faiss.IndexIVFFlat(faiss.IndexFlat(dim := x.shape[1], kind), dim, n_lists, kind)
+    index.train(x[np.sort(rng.choice(n, 40 * n_lists, replace=False))])
+    index.add(x)
+    some = x[np.sort(rng.choice(n, ASKED, replace=False))]
+    exact, recall, index.nprobe = faiss.knn(some, x, k + 1, kind)[1], 0.0, 4
+    while recall < WANTED:
+        index.nprobe *= 2
+        if index.nprobe > n_lists / 8:
+            return None
+        found = index.search(some, k + 1)[1]
+        recall = np.mean([np.isin(*pair).mean() for pair in zip(exact, found, strict=True)])
+    logger.info("Neighbours of %d samples, %d of %d lists each: %.1f %% of the exact ones.", n,
+                index.nprobe, n_lists, 100 * recall)
+    indices, distances = np.empty((n, k), np.int64), np.empty((n, k), np.float32)
+    for at in range(0, n, 4096):
+        rows = np.arange(at, min(at + 4096, n))
+        found = index.search(x[rows], k + 1)[1]
+        if len(short := np.flatnonzero(found.min(1) < 0)):  # their lists hold too few
+            found[short] = faiss.knn(x[rows[short]], x, k + 1, kind)[1]
+        is_self = found == rows[:, None]  # cut off, or the farthest, if duplicates crowd it out
+        indices[rows] = np.take_along_axis(found, is_self.argsort(1, kind="stable")[:, :k], 1)
+        distances[rows] = np.linalg.norm(x[indices[rows]] - x[rows, None], axis=2)
+    return Neighbors(indices, distances, metric)
