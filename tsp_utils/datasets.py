@@ -13,7 +13,7 @@ from tsp_utils.files import image_folders as folders
 from tsp_utils.files.downloads import read_idx_pair, read_published
 from tsp_utils.files.paths import bundled_dir, data_dir
 from tsp_utils.files.published_sets import DATASETS as DATASETS
-from tsp_utils.unknown_names import unknown
+from tsp_utils.files.unknown_names import unknown
 
 logger = logging.getLogger(__name__)
 

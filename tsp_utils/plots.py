@@ -6,7 +6,7 @@ import pandas as pd
 import seaborn as sns
 
 from tsp_utils.maps import umap_points as umap_points  # what plot_map draws
-from tsp_utils.networks.words import BACKBONE_COLORS, WORDS
+from tsp_utils.networks.words import BACKBONE_COLORS, in_words
 
 CLASS_PALETTE = sns.color_palette("tab10")
 MOST_NAMED = 20  # classes whose names still fit beside a map or a matrix
@@ -25,11 +25,6 @@ def set_style() -> None:
 def backbone_color(name: str):
     """The colour of a backbone, the same in every figure."""
     return BACKBONE_COLORS.get(name) or sns.color_palette("husl", 8)[sum(map(ord, name)) % 8]
-
-
-def in_words(name: str) -> str:
-    """What a figure says for a backbone, data set or method; a name without words stays."""
-    return WORDS.get(name, name)
 
 
 def label_lines(ax, size: float = 9) -> None:

@@ -7,8 +7,8 @@ import timm
 from timm.data import resolve_data_config
 
 from tsp_utils.files.paths import bundled_dir, runs_dir
+from tsp_utils.files.unknown_names import unknown
 from tsp_utils.networks.weights import BackboneSpec
-from tsp_utils.unknown_names import unknown
 
 _OFFICIAL = "https://dl.fbaipublicfiles.com/dino"
 _NANO_CPU = dict(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, global_pool="avg")

@@ -18,3 +18,8 @@ WORDS = {  # what figures say for the names of the library
     "spherical k-means": "spherical K-means", "head": "TSP head", "gmm": "Gaussian mixture",
     "tsp consensus": "TSP, consensus", "spectral": "spectral", "secu": "SeCu",
     "1e-4": "rate 1e-4", "1e-5": "rate 1e-5"}
+
+
+def in_words(name: str) -> str:
+    """What a figure says for a backbone, data set or method; a name without words stays."""
+    return WORDS.get(name, name)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tsp_utils.files.unknown_names import unknown
 from tsp_utils.study.verdicts import Verdict
-from tsp_utils.unknown_names import unknown
 
 ANALOGUE, NOT_HERE = "analogue at 32 px", "not testable here"
 

@@ -7,7 +7,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from tsp_utils.plots import METHOD_COLORS, WORDS, in_words
+from tsp_utils.networks.words import WORDS, in_words
+from tsp_utils.plots import METHOD_COLORS
 from tsp_utils.study.claims import claim_of
 
 SOURCE_COLOR, TARGET_COLOR = "#7d5ba6", "#e0a03b"  # claim C6, in every figure

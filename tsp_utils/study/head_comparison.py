@@ -17,6 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from tsp_utils import cache
 from tsp_utils.devices import find_device
+from tsp_utils.files.unknown_names import unknown
 from tsp_utils.heads import best_head
 from tsp_utils.metrics import clustering_metrics, match_clusters
 from tsp_utils.neighbors import nearest_neighbors
@@ -26,7 +27,6 @@ from tsp_utils.study.feature_sets import FeatureSet
 from tsp_utils.study.training import fit_kmeans
 from tsp_utils.study.verdicts import bootstrap_interval
 from tsp_utils.systems.rivals import RIVALS, train_rival
-from tsp_utils.unknown_names import unknown
 
 CONSENSUS = "tsp consensus"
 CLUSTERERS = {"k-means": KMEANS[0], "k-means-20": KMEANS[1], "gmm": MIXTURE, "spectral": SPECTRAL}

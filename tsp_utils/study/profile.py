@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.files.paths import runs_dir, write_whole
+from tsp_utils.files.unknown_names import unknown
 from tsp_utils.neighbors import WEIGHTINGS
 from tsp_utils.study.claims import claim_of
 from tsp_utils.study.feature_sets import (
@@ -27,7 +28,6 @@ from tsp_utils.study.feature_sets import (
     vectors_path,
 )
 from tsp_utils.study.training import HeadRuns, run_heads, run_kmeans
-from tsp_utils.unknown_names import unknown
 
 PROFILES = Path(__file__).parent / "profiles"
 WITH_IMAGES = ("fashion-mnist",)  # sets whose test images ship, whatever vectors do

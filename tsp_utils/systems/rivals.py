@@ -11,13 +11,13 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from tsp_utils.files.unknown_names import unknown
 from tsp_utils.heads import LinearHeads, draw_batches, init_heads
 from tsp_utils.k_means import kmeans
 from tsp_utils.neighbors import WEIGHTINGS, Neighbors
 from tsp_utils.systems import other_losses as losses
 from tsp_utils.systems.icbpl import ICBPLHeads
 from tsp_utils.systems.other_losses import SECU_TEMPERATURE
-from tsp_utils.unknown_names import unknown
 
 
 class CosineHeads(LinearHeads):
