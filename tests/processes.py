@@ -16,8 +16,12 @@ def two_processes() -> ProcessPoolExecutor:
 
 
 def _settle(environment: dict) -> None:
-    import torch
+    import datetime
 
+    import torch
+    import torch.distributed.distributed_c10d as distributed
+
+    distributed.default_pg_timeout = datetime.timedelta(minutes=1)  # where the other one failed
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)

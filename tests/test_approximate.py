@@ -3,6 +3,7 @@
 import logging
 import warnings
 
+import faiss
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ from tsp_utils import TSPClustering, approximate, find_neighbors, nearest_neighb
 from tsp_utils.heads import init_heads, train_heads
 from tsp_utils.neighbors import METRICS
 
-N, ALONE, TWINS = 26_000, 100, 60  # enough for lists; the last ones: far from all, then all alike
+N, ALONE, TWINS = 26_000, 100, 60  # enough for lists; some far from all, then all alike
 rng = np.random.default_rng(0)
 X = rng.standard_normal((N, 16)) + 2 * rng.standard_normal((50, 16))[rng.integers(0, 50, N)]
 X[-ALONE - TWINS : -TWINS] *= 1000
@@ -30,12 +31,61 @@ def test_nearly_all_neighbours_are_found_at_their_exact_distances(metric, caplog
     shared = [np.isin(*pair).mean() for pair in zip(exact.indices[:-TWINS], found.indices[:-TWINS],
                                                     strict=True)]  # of twins any will do
     assert np.mean(shared) > 0.985
-    if metric == "euclidean":  # whose lists nearby hold too few
-        assert np.mean(shared[-ALONE:]) == 1
     same = exact.indices == found.indices
     np.testing.assert_allclose(found.distances[same], exact.distances[same], rtol=1e-4, atol=1e-6)
     if metric != "inner":
         assert not found.distances[-TWINS:].any() and (np.diff(found.distances) > -1e-3).all()
+
+
+def test_rows_whose_lists_hold_too_few_are_searched_among_all(monkeypatch):
+    exact, search = nearest_neighbors(X, 10), faiss.IndexIVFFlat.search
+
+    def poor(index, x, k):
+        scores, found = search(index, x, k)
+        found[::100, -3:] = -1
+        return scores, found
+
+    monkeypatch.setattr(faiss.IndexIVFFlat, "search", poor)
+    found = find_neighbors(X, 10, search="approximate").indices
+    rows = [row for at in range(0, N, 4096) for row in range(at, min(at + 4096, N - TWINS), 100)]
+    shared = [np.isin(*pair).mean() for pair in zip(exact.indices[rows], found[rows], strict=True)]
+    assert found.min() >= 0 and np.mean(shared) > 0.999
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_huge_and_tiny_features_have_the_same_neighbours(metric, scale):
+    usual, found = (find_neighbors(x, 10, metric, search="approximate")
+                    for x in (X[:-TWINS], X[:-TWINS].astype(float) * scale))
+    shared = [np.isin(*pair).mean() for pair in zip(usual.indices, found.indices, strict=True)]
+    assert np.mean(shared) > 0.98
+    of = scale if metric == "euclidean" else 1
+    np.testing.assert_allclose(np.median(found.distances), of * np.median(usual.distances),
+                               rtol=1e-3)
+
+
+def test_many_samples_at_equal_distances_are_served_by_lists(caplog):
+    caplog.set_level(logging.INFO, "tsp_utils")
+    bits = np.random.default_rng(1).integers(0, 2, (N, 24)).astype(np.float32)
+    found = find_neighbors(bits, 10, "euclidean", search="approximate")
+    assert "lists each" in caplog.text
+    exact = nearest_neighbors(bits[:2000], 10, "euclidean")  # of fewer, so none is nearer
+    assert (found.distances[:2000] <= exact.distances + 1e-5).mean() > 0.99
+
+
+@pytest.mark.parametrize("ask", [
+    lambda search: find_neighbors(X[:, :0], 10, search=search),
+    lambda search: find_neighbors(X[:, 0], 10, search=search),
+    lambda search: find_neighbors(X, 10.5, search=search),
+    lambda search: find_neighbors(X, N, search=search),
+    lambda search: find_neighbors(np.where(X[5] == X, np.nan, X), 10, search=search)])
+def test_what_the_exact_search_refuses_is_refused_alike(ask):
+    said = []
+    for search in ("exact", "approximate"):
+        with pytest.raises(ValueError) as refused:
+            ask(search)
+        said.append(str(refused.value))
+    assert said[0] == said[1]
 
 
 def test_many_samples_and_no_others_are_searched_so(monkeypatch, caplog):
@@ -45,7 +95,7 @@ def test_many_samples_and_no_others_are_searched_so(monkeypatch, caplog):
     monkeypatch.setattr(approximate, "EXACT_UP_TO", N - 200)
     find_neighbors(X, 10, search="exact")
     assert not caplog.records
-    quick = dict(n_init=1, max_epochs=1, min_steps=1, random_state=0)
+    quick = dict(n_init=1, max_epochs=1, min_steps=1, random_state=0, device="cpu")
     with warnings.catch_warnings(action="ignore"):
         TSPClustering(3, **quick).fit(X[:2000])
         assert not caplog.records

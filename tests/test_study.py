@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from PIL import Image
 from sklearn.cluster import KMeans
 
 from tsp_utils import clustering_metrics, heads, load_backbone, load_dataset, losses
@@ -380,11 +381,16 @@ def test_a_full_or_read_only_cache_is_one_sentence_and_leaves_nothing(
     assert not tiny.run_dir.exists()
 
 
-def test_a_figure_stands_beside_its_numbers(tiny):
+def test_a_figure_stands_beside_its_numbers(tiny, monkeypatch, capsys):
     import matplotlib.pyplot as plt
+    monkeypatch.setenv("TSP_SVG", "1")
     figure, _ = plt.subplots()
-    tiny.save_figure(figure, "03_test", pd.DataFrame({"x": [1, 2], "y": [0.123456789, 3]}), "what")
+    tiny.save_figure(figure, "03_test", pd.DataFrame({"x": [1, 2], "y": [0.123456789, 3]}), "what",
+                     "The result")
     plt.close(figure)
     folder = tiny.run_dir / "figures"
+    assert capsys.readouterr().out == "what\n" and figure.get_suptitle() == "The result"
+    assert Image.open(folder / "03_test.png").text["Description"] == "what"
+    assert "<svg" in (folder / "03_test.svg").read_text()
     assert (folder / "03_test.csv").read_text() == "x,y\n1,0.123457\n2,3\n"
     assert (folder / "03_test.png").read_bytes().startswith(b"\x89PNG")

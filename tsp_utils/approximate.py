@@ -2,12 +2,13 @@
 
 import logging
 import math
+from numbers import Integral
 
 import faiss
 import numpy as np
 
+from tsp_utils import neighbors
 from tsp_utils.neighbors import METRICS, Neighbors, nearest_neighbors
-from tsp_utils.scaling import check_finite
 
 SEARCHES = ("auto", "exact", "approximate")
 EXACT_UP_TO = 200_000  # samples: minutes of two cores, and four times as long for twice as many
@@ -38,25 +39,26 @@ def find_neighbors(features: np.ndarray, k: int, metric: str = "cosine", device:
 def _by_lists(features: np.ndarray, k: int, metric: str) -> Neighbors | None:
     """The approximate search; None where the exact one is quicker, or refuses."""
     n = len(features)
-    if not 3 <= k < n or metric not in METRICS or n < FEWEST:
+    if metric not in METRICS or not isinstance(k, Integral) or not 3 <= k < n or n < FEWEST:
         return None
-    check_finite(features)
-    x = np.array(features, np.float32)  # of its own: it may be brought to unit length
-    if metric == "cosine":
-        faiss.normalize_L2(x)
+    features = neighbors._checked(features, metric)
+    x, exponent = neighbors._searched(features, metric, np.float32)
     kind = faiss.METRIC_L2 if metric == "euclidean" else faiss.METRIC_INNER_PRODUCT
     rng, n_lists = np.random.default_rng(0), int(4 * math.sqrt(n))
     index = faiss.IndexIVFFlat(faiss.IndexFlat(dim := x.shape[1], kind), dim, n_lists, kind)
     index.train(x[np.sort(rng.choice(n, 40 * n_lists, replace=False))])
     index.add(x)
     some = x[np.sort(rng.choice(n, ASKED, replace=False))]
-    exact, recall, index.nprobe = faiss.knn(some, x, k + 1, kind)[1], 0.0, 4
+    last, recall, index.nprobe = faiss.knn(some, x, k + 1, kind)[0][:, -1:], 0.0, 4
+    slack = 1e-5 * np.abs(last)  # of those at one distance any will do
     while recall < WANTED:
         index.nprobe *= 2
         if index.nprobe > n_lists / 8:
+            logger.info("Lists serve these %d samples too little: the search is exact.", n)
             return None
-        found = index.search(some, k + 1)[1]
-        recall = np.mean([np.isin(*pair).mean() for pair in zip(exact, found, strict=True)])
+        scores = index.search(some, k + 1)[0]
+        recall = float((scores <= last + slack if metric == "euclidean"
+                        else scores >= last - slack).mean())
     logger.info("Neighbours of %d samples, %d of %d lists each: %.1f %% of the exact ones.", n,
                 index.nprobe, n_lists, 100 * recall)
     indices, distances = np.empty((n, k), np.int64), np.empty((n, k), np.float32)
@@ -67,5 +69,5 @@ def _by_lists(features: np.ndarray, k: int, metric: str) -> Neighbors | None:
             found[short] = faiss.knn(x[rows[short]], x, k + 1, kind)[1]
         is_self = found == rows[:, None]  # cut off, or the farthest, if duplicates crowd it out
         indices[rows] = np.take_along_axis(found, is_self.argsort(1, kind="stable")[:, :k], 1)
-        distances[rows] = np.linalg.norm(x[indices[rows]] - x[rows, None], axis=2)
-    return Neighbors(indices, distances, metric)
+        distances[rows] = neighbors._distances(x[rows], x, indices[rows])
+    return Neighbors(indices, neighbors._scaled_back(distances, exponent), metric)

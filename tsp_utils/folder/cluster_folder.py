@@ -160,7 +160,8 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
         warnings.simplefilter("always", UserWarning)
         model = TSPClustering(n_clusters, random_state=seed, **settings).fit(features)
     notes += [str(warning.message) for warning in told if warning.category is UserWarning]
-    neighbors = find_neighbors(features, min(model.n_neighbors, len(features) - 1), model.metric)
+    neighbors = find_neighbors(features, min(model.n_neighbors, len(features) - 1), model.metric,
+                               search=model.neighbor_search)
     return FolderClusters(
         folder, tuple(readable), features, model.labels_, model.predict_proba(features),
         model.stability_, neighbors, model.history_, labels, classes, files.unreadable, notes,

@@ -44,9 +44,9 @@ def plot_ledger(table: pd.DataFrame, ax, paper: dict[str, float] | None = None):
 
     table: columns id, mean, low, high, rule ("m = 2; ..."), verdict, qualifier, backbone, target;
     the first claim on top. paper: its own difference by id, a star. An equivalence (C9) has a bar
-    at both ends of its band. What lies beyond the intervals' axis stands at its edge as a number.
+    at both ends of its band. What lies beyond the axis to the right stands there as a number.
     """
-    limit = 1.5 * max(1.0, float(np.nanmax(np.abs(table[["low", "high"]].to_numpy(float)))))
+    limit = 1.5 * max(1.0, float(np.nanmax(np.abs(table[["mean", "low", "high"]].to_numpy(float)))))
     ax.axvline(0, color="0.75", linewidth=1)
     for y, (_, row) in zip(range(len(table))[::-1], table.iterrows(), strict=True):
         marker, color = VERDICTS[row["verdict"]]

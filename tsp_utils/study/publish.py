@@ -67,7 +67,7 @@ def publish_figures(profile: str) -> list[Path]:
                                 f"PROFILE={profile} first.")
     target = REPOSITORY / "figures" / study.profile
     target.mkdir(parents=True, exist_ok=True)
-    for old in (*target.glob("*.png"), *target.glob("*.csv")):  # what an earlier run drew
+    for old in (p for kind in ("png", "svg", "csv") for p in target.glob(f"*.{kind}")):  # earlier
         old.unlink()
     # Sheets of images that are not ours to republish stay in runs/.
     return [Path(shutil.copy2(path, target)) for path in sorted(source.iterdir())
