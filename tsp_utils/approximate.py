@@ -7,8 +7,8 @@ from numbers import Integral
 import faiss
 import numpy as np
 
-from tsp_utils import neighbors
-from tsp_utils.neighbors import METRICS, Neighbors, nearest_neighbors
+from tsp_utils import neighbors as exact
+from tsp_utils.neighbors import Neighbors, nearest_neighbors
 
 SEARCHES = ("auto", "exact", "approximate")
 EXACT_UP_TO = 200_000  # samples: minutes of two cores, and four times as long for twice as many
@@ -21,12 +21,11 @@ def find_neighbors(features: np.ndarray, k: int, metric: str = "cosine", device:
                    search: str = "auto") -> Neighbors:
     """`nearest_neighbors`, or on a CPU an approximate search that ends for a million samples.
 
-    features [N, D], scaled as by `Scaler`. search: "exact", "approximate", or "auto", which is
-    exact up to 200,000 samples and on another device. Approximately: K-means cuts the samples into
-    4 sqrt(N) lists, and each looks into so many of the nearest lists that 99 % of the exact
-    neighbours of 500 samples are found (the share is logged); their distances are exact. Where that
-    takes an eighth of the lists (inner products, as a rule), and for fewer than 25,600 samples, the
-    search is exact. Raises ValueError for another search, and what `nearest_neighbors` raises.
+    features [N, D]. search: "exact", "approximate", or "auto": exact up to 200,000 samples and on
+    another device. Approximately: K-means cuts the samples into 4 sqrt(N) lists, and each looks
+    into so many of the nearest that 99 % of the exact neighbours of 500 samples are found (which is
+    logged), at exact distances. Exact, too, where that takes an eighth of the lists (as inner
+    products do) and below 25,600 samples. Raises what `nearest_neighbors` raises.
     """
     if search not in SEARCHES:
         raise ValueError(f"neighbor_search is {search!r}; pass one of {', '.join(SEARCHES)}.")
@@ -39,10 +38,9 @@ def find_neighbors(features: np.ndarray, k: int, metric: str = "cosine", device:
 def _by_lists(features: np.ndarray, k: int, metric: str) -> Neighbors | None:
     """The approximate search; None where the exact one is quicker, or refuses."""
     n = len(features)
-    if metric not in METRICS or not isinstance(k, Integral) or not 3 <= k < n or n < FEWEST:
+    if metric not in exact.METRICS or not isinstance(k, Integral) or not 3 <= k < n or n < FEWEST:
         return None
-    features = neighbors._checked(features, metric)
-    x, exponent = neighbors._searched(features, metric, np.float32)
+    x, exponent = exact._searched(exact._checked(features, metric), metric, np.float32)
     kind = faiss.METRIC_L2 if metric == "euclidean" else faiss.METRIC_INNER_PRODUCT
     rng, n_lists = np.random.default_rng(0), int(4 * math.sqrt(n))
     index = faiss.IndexIVFFlat(faiss.IndexFlat(dim := x.shape[1], kind), dim, n_lists, kind)
@@ -69,5 +67,5 @@ def _by_lists(features: np.ndarray, k: int, metric: str) -> Neighbors | None:
             found[short] = faiss.knn(x[rows[short]], x, k + 1, kind)[1]
         is_self = found == rows[:, None]  # cut off, or the farthest, if duplicates crowd it out
         indices[rows] = np.take_along_axis(found, is_self.argsort(1, kind="stable")[:, :k], 1)
-        distances[rows] = neighbors._distances(x[rows], x, indices[rows])
-    return Neighbors(indices, neighbors._scaled_back(distances, exponent), metric)
+        distances[rows] = exact._distances(x[rows], x, indices[rows])
+    return Neighbors(indices, exact._scaled_back(distances, exponent), metric)

@@ -91,10 +91,10 @@ def load_backbone(name: str | BackboneSpec, device: str = "auto",
     """Load a backbone of the table, or any `timm:<name>`, frozen and ready to call.
 
     A finished arm of `python -m experiments pretrain` loads by its name, too, and so does a row
-    made by hand, a `BackboneSpec`.
-    checkpoint: a file to take the weights from instead: a bare state dict or a full DINO checkpoint
-    (.pth; its teacher is taken), or .safetensors. device: auto, cuda, cuda:N, mps or cpu. dtype:
-    float32, bfloat16 (autocast), or auto: bfloat16 where the hardware gains from it.
+    made by hand, a `BackboneSpec`. checkpoint: a file to take the weights from instead: a bare
+    state dict or a full DINO checkpoint (.pth; its teacher is taken), or .safetensors. device:
+    auto, cuda, cuda:N, mps or cpu. dtype: float32, bfloat16 (autocast), or auto: bfloat16 where the
+    hardware gains from it.
     Raises ValueError for an unknown name, device or dtype and for weights that do not fit,
     FileNotFoundError for a missing file, ConnectionError for a failed download.
     """

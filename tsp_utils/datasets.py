@@ -9,8 +9,14 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-from tsp_utils.files import image_folders as folders
 from tsp_utils.files.downloads import read_idx_pair, read_published
+from tsp_utils.files.image_folders import (
+    ImageFiles,
+    find_images,
+    labels_from_folders,
+    list_images,
+    read_images,
+)
 from tsp_utils.files.paths import bundled_dir, data_dir
 from tsp_utils.files.published_sets import DATASETS as DATASETS
 from tsp_utils.files.unknown_names import unknown
@@ -28,7 +34,7 @@ class ImageDataset:
 
     name: str
     split: str | None
-    images: np.ndarray | folders.ImageFiles = field(repr=False)
+    images: np.ndarray | ImageFiles = field(repr=False)
     labels: np.ndarray | None = field(default=None, repr=False)
     classes: tuple[str, ...] = ()
     paths: tuple[str, ...] | None = field(default=None, repr=False)
@@ -40,7 +46,7 @@ class ImageDataset:
     def fingerprint(self) -> str:
         """Hex SHA-256 of the images in their order (of files: names and bytes), not the labels."""
         digest = hashlib.sha256()
-        if isinstance(self.images, folders.ImageFiles):
+        if isinstance(self.images, ImageFiles):
             for path in self.images.paths:
                 content = self.images.read_bytes(path)
                 name = f"{path}\0{len(content)}\0"
@@ -55,8 +61,8 @@ class ImageDataset:
         """The images at `indices` (integers, a slice or a boolean mask [N]), in that order."""
         chosen = np.arange(len(self))[indices]
         paths = None if self.paths is None else tuple(self.paths[i] for i in chosen)
-        if isinstance(self.images, folders.ImageFiles):
-            images = folders.ImageFiles(self.images.folder, [self.images.paths[i] for i in chosen])
+        if isinstance(self.images, ImageFiles):
+            images = ImageFiles(self.images.folder, [self.images.paths[i] for i in chosen])
         else:
             images = self.images[chosen]
         labels = None if self.labels is None else self.labels[chosen]
@@ -88,7 +94,7 @@ def load_dataset(name: str | Path, split: str | None = "test", root: str | Path 
         images = np.round(found.images[..., None] * (255 / 16)).astype(np.uint8)
         return ImageDataset(name, split, images, found.target.astype(np.int64), info.classes)
     folder = root / name / split
-    if folder.is_dir() and (paths := folders.find_images(folder)):
+    if folder.is_dir() and (paths := find_images(folder)):
         if len(paths) != info.splits[split]:
             logger.warning("%s holds %d images, but %s %s is published with %d.", folder,
                            len(paths), name, split, info.splits[split])
@@ -109,15 +115,14 @@ def _load_path(name: str | Path, split: str | None) -> ImageDataset:
         raise ValueError(unknown("data set", name, [*DATASETS, "or a folder of images"]))
     if split not in (None, "test"):  # "test" is the default, so it says nothing
         raise ValueError(f"A folder of images has no split {split!r}: pass the folder itself.")
-    return _load_folder(folder.resolve().name, None, folder, folders.list_images(folder))
+    return _load_folder(folder.resolve().name, None, folder, list_images(folder))
 
 
 def _load_folder(name: str, split: str | None, folder: Path, paths: list[str]) -> ImageDataset:
-    labels, classes = folders.labels_from_folders(paths, DATASETS[name].classes if split else ())
+    labels, classes = labels_from_folders(paths, DATASETS[name].classes if split else ())
     if split == "unlabeled":
         labels, classes = None, ()
     if labels is None and any("/" in path for path in paths) and not split:
         logger.warning("%s is taken as images without labels: labels need two or more class "
                        "folders (which train and test are not) and no image beside them.", folder)
-    images = folders.read_images(folder, paths)
-    return ImageDataset(name, split, images, labels, classes, tuple(paths))
+    return ImageDataset(name, split, read_images(folder, paths), labels, classes, tuple(paths))

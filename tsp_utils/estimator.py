@@ -29,18 +29,16 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
     `n_init` heads start from their own K-means (or at random) and train at once on Eq. 5. keep
     "all": they vote by their probabilities, matched to the head with the lowest training loss, each
     with the weight exp(-(its loss - the lowest) / 0.02), so that two fits agree better. keep
-    "best": that head alone, as in the paper. No label is read. neighbor_search is the search of
-    `find_neighbors`: exact up to 200,000 samples, or as named. Other parameters are those of
-    `train_heads` and `nearest_neighbors`; n_neighbors is lowered, with a warning, where there are
-    too few samples, and a batch is an eighth of them, at least 32 and at most batch_size.
+    "best": that head alone, as in the paper. No label is read. neighbor_search is `search` of
+    `find_neighbors`, others are parameters of `train_heads`; n_neighbors is lowered, with a
+    warning, for too few samples, and a batch is an eighth of them, from 32 to batch_size.
 
     Attributes: labels_ int64 [N], the clusters of the fitted samples; stability_ [N], the share of
     the votes that each sample's heads give to its cluster as their most probable one; votes_ [S] of
     the S heads kept, the best one first; coef_ [S, C, D] and intercept_ [S, C], which work on X as
     passed; scale_, the scalar that brought the mean length of the features to sqrt(D), folded into
     coef_; history_, the best head's curves by name, each [epochs] (its last n_nonempty and
-    largest_share: of labels_); losses_ [n_init], the final losses; n_features_in_,
-    feature_names_in_.
+    largest_share: of labels_); losses_ [n_init], the final ones; n_features_in_, feature_names_in_.
     `fit` raises ValueError for settings that cannot train, fewer than 4 samples, fewer distinct
     ones than clusters, all-zero X, X of which a row or a column outweighs the rest (named), and
     where the loss of every head is NaN.

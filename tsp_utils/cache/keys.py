@@ -22,7 +22,7 @@ PACKAGE = __package__.partition(".")[0]
 # What keeps, draws, reports or finds its place shapes no result.
 SHAPES_NOTHING = {f"{PACKAGE}.{name}" for name in (
     "cache", "cache.keys", "cache.entries", "cache.vectors", "devices", "files.paths", "plots",
-    "unknown_names", "study.figures", "folder.page", "__main__")}
+    "files.unknown_names", "networks.words", "study.figures", "folder.page", "__main__")}
 
 
 def key_of(inputs, *functions) -> str:
