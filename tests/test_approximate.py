@@ -119,6 +119,7 @@ def test_heads_train_on_a_map_as_on_an_array(tmp_path):
     np.testing.assert_array_equal(*(h.weight.detach().numpy() for h in heads))
 
 
+@pytest.mark.filterwarnings("ignore:Collapse")  # a few steps on a few vectors
 def test_every_stage_of_the_table_runs(tmp_path):
     many_images.write_vectors(tmp_path / "x.npy", 120)
     x = np.load(tmp_path / "x.npy", mmap_mode="c")

@@ -34,8 +34,8 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("side, when", [  # decoded at once, while the network computes
-    (28, "list_images"), (28, "read_images"), (28, "cached_features"), (28, "nearest_neighbors"),
-    (90, "list_images"), (90, "cached_features"), (90, "nearest_neighbors")])
+    (28, "list_images"), (28, "read_images"), (28, "cached_features"), (28, "find_neighbors"),
+    (90, "list_images"), (90, "cached_features"), (90, "find_neighbors")])
 def test_files_that_go_or_change_are_left_out_or_named(tmp_path, monkeypatch, caplog, side, when):
     photos, step = fill(tmp_path / "photos", side), getattr(module, when)
 
