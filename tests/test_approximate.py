@@ -6,6 +6,7 @@ import warnings
 import faiss
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
 
 from benchmarks import many_images
 from tsp_utils import TSPClustering, approximate, find_neighbors, nearest_neighbors
@@ -69,8 +70,8 @@ def test_many_samples_at_equal_distances_are_served_by_lists(caplog):
     bits = np.random.default_rng(1).integers(0, 2, (N, 24)).astype(np.float32)
     found = find_neighbors(bits, 10, "euclidean", search="approximate")
     assert "lists each" in caplog.text
-    exact = nearest_neighbors(bits[:2000], 10, "euclidean")  # of fewer, so none is nearer
-    assert (found.distances[:2000] <= exact.distances + 1e-5).mean() > 0.99
+    exact = np.sort(cdist(bits[:500], bits))[:, 1:11]  # the sample itself comes first
+    assert (found.distances[:500] <= exact + 1e-5).mean() > 0.97
 
 
 @pytest.mark.parametrize("ask", [

@@ -95,7 +95,8 @@ def test_fashion_mnist_figures_of_the_cards():
         vectors[name] = cached_features(load_backbone(name, "cpu"), images, progress=False)
     for name, features in vectors.items():
         assert 100 * knn_accuracy(features, images.labels) == pytest.approx(
-            model_card(name)["knn"]["fashion-mnist test, leave-one-out"], abs=0.5)
+            model_card(name)["knn"]["fashion-mnist test, leave-one-out"],
+            abs=0.1 if name in OF_PATCHES else 0.5)
 
 
 @pytest.mark.parametrize(("data", "split"), [

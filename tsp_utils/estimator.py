@@ -29,8 +29,8 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
     `n_init` heads start from their own K-means (or at random) and train at once on Eq. 5. keep
     "all": they vote by their probabilities, matched to the head with the lowest training loss, each
     with the weight exp(-(its loss - the lowest) / 0.02), so that two fits agree better. keep
-    "best": that head alone, as in the paper. No label is read. neighbor_search is `search` of
-    `find_neighbors`, others are parameters of `train_heads`; n_neighbors is lowered, with a
+    "best": that head alone, as in the paper. No label is read. neighbor_search and metric are
+    those of `find_neighbors`, others those of `train_heads`; n_neighbors is lowered, with a
     warning, for too few samples, and a batch is an eighth of them, from 32 to batch_size.
 
     Attributes: labels_ int64 [N], the clusters of the fitted samples; stability_ [N], the share of

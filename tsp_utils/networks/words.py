@@ -7,7 +7,7 @@ BACKBONE_COLORS = {
     "resnet_nano_cpu": "#4f9a94", "resnet_contrast_cifar10": "#b03a2e",
     "dino_resnet50": "#6a9f58", "dino_vits16": "#d1605e", "dino_vitb16": "#967662",
 }
-WORDS = {  # what figures say for the names of the library
+WORDS = {
     "vit_mini_random": "untrained ViT", "patch_kmeans": "patches (K-means)",
     "invariant_patches": "patches (invariant)", "vit_nano_cpu": "small ViT",
     "vit_nano_cpu_cifar10_4k": "small ViT, target alone", "vit_pico_cpu": "smaller ViT",
