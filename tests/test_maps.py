@@ -56,6 +56,10 @@ for bad in (features[:2], np.full_like(features, np.nan)):  # the same where a m
     except ValueError:
         assert threads() == after and numba.get_num_threads() == 1
         print("refused")
+from pathlib import Path
+from umap import umap_
+kept = Path(umap_.smooth_knn_dist.stats.cache_path)  # on disk, for the next process
+assert list(kept.glob("*smooth_knn_dist*.nbc")), kept
 """
 
 

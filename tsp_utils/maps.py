@@ -1,7 +1,7 @@
 """Maps: images placed in two dimensions by UMAP, so that like features lie together."""
 
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -15,8 +15,12 @@ def umap_points(features: np.ndarray, n_points: int, seed: int = 0):
     n_points = min(n_points, len(features))
     chosen = np.sort(np.random.default_rng(seed).choice(len(features), n_points, replace=False))
     vectors = np.asarray(features[chosen])
-    found = cache.arrays("maps", f"umap_{len(vectors)}", [vectors, seed], [_umap],
-                         lambda: {"points": _umap(vectors, seed)})
+
+    def place() -> dict[str, np.ndarray]:
+        _keep_compiled()
+        return {"points": _umap(vectors, seed)}
+
+    found = cache.arrays("maps", f"umap_{len(vectors)}", [vectors, seed], [_umap], place)
     return chosen, found["points"]
 
 
@@ -39,6 +43,17 @@ def _umap_neighbors(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     itself = np.arange(len(features))[:, None]
     return (np.hstack([itself, found.indices]).astype(np.int32),
             np.hstack([0 * itself, found.distances**2 / 2]).astype(np.float32))  # of unit vectors
+
+
+def _keep_compiled() -> None:
+    """Let numba keep what it compiles of UMAP: else every process compiles for ten seconds."""
+    with _threads_kept():
+        from umap import layouts, umap_
+
+        for compiled in [*vars(umap_).values(), *vars(layouts).values()]:
+            if hasattr(compiled, "enable_caching"):
+                with suppress(RuntimeError):  # no folder that can be written: as before
+                    compiled.enable_caching()
 
 
 @contextmanager
