@@ -292,7 +292,7 @@ def test_every_prediction_has_a_box_and_the_next_cell_waits(copies):
                     assert said in str(error) and str(error).count(". ") == 0
                 else:
                     assert said == "" and box in guard[1]
-    assert n_boxes == 17
+    assert n_boxes == 18
 
 
 def test_answers_are_not_overwritten(tmp_path):

@@ -15,19 +15,18 @@ def umap_points(features: np.ndarray, n_points: int, seed: int = 0):
     n_points = min(n_points, len(features))
     chosen = np.sort(np.random.default_rng(seed).choice(len(features), n_points, replace=False))
     vectors = np.asarray(features[chosen])
-
-    def place() -> dict[str, np.ndarray]:
-        _keep_compiled()
-        return {"points": _umap(vectors, seed)}
-
-    found = cache.arrays("maps", f"umap_{len(vectors)}", [vectors, seed], [_umap], place)
+    found = cache.arrays("maps", f"umap_{len(vectors)}", [vectors, seed], [_umap],
+                         lambda: {"points": _umap(vectors, seed)})
     return chosen, found["points"]
 
 
 def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
     with _threads_kept(), warnings.catch_warnings():
-        from umap import UMAP  # takes seconds
+        from umap import UMAP, layouts, umap_  # takes seconds
 
+        for compiled in [*vars(umap_).values(), *vars(layouts).values()]:
+            with suppress(AttributeError, RuntimeError):  # not compiled; no folder to write in
+                compiled.enable_caching()  # else each process compiles for ten seconds
         # "n_jobs overridden by random_state" is what we ask for, and no new points are mapped.
         warnings.simplefilter("ignore")
         return UMAP(metric="cosine", random_state=seed,
@@ -45,24 +44,10 @@ def _umap_neighbors(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             np.hstack([0 * itself, found.distances**2 / 2]).astype(np.float32))  # of unit vectors
 
 
-def _keep_compiled() -> None:
-    """Let numba keep what it compiles of UMAP: else every process compiles for ten seconds."""
-    with _threads_kept():
-        from umap import layouts, umap_
-
-        for compiled in [*vars(umap_).values(), *vars(layouts).values()]:
-            if hasattr(compiled, "enable_caching"):
-                with suppress(RuntimeError):  # no folder that can be written: as before
-                    compiled.enable_caching()
-
-
 @contextmanager
 def _threads_kept():
-    """Put back OpenMP's and numba's numbers of threads, as they were, at the end.
-
-    numba, which umap starts, sets OpenMP's to the number of cores: torch's, too, and what it
-    trains next waits for its threads on a busy machine.
-    """
+    """Put back OpenMP's and numba's numbers of threads: numba sets both to the number of cores,
+    torch's, too, and what that trains next waits for its threads on a busy machine."""
     with threadpool_limits(limits=None):  # sets none, and puts back what it found
         import numba
 
