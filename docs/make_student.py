@@ -17,8 +17,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell
 ROOT = Path(__file__).resolve().parent.parent
 STUDENT = ROOT / "student"
 REGION = re.compile(r"^( *)### BEGIN SOLUTION\n(.*?)^ *### END SOLUTION\n?", re.S | re.M)
-NOTE = ("\n\n*A student's copy: fill each box before you run what follows, write each exercise and "
-        "run its check.*")
+NOTE = "\n\n*A student's copy: {boxes}write each exercise and run its check.*"
+FILL = "fill each box before you run what follows, "
 BOX = "# Your prediction, between the quotes; the next cell waits for it.\n{name} = \"\""
 GUARD = "from checks import predicted\n\npredicted(\"{name}\", globals())  # of the box above\n\n"
 FOLD = "<details>\n<summary>Our reading: open it after your own</summary>\n\n{}\n\n</details>"
@@ -71,7 +71,8 @@ def copies() -> dict[str, str]:
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         notebook = nbformat.read(path, 4)
         notebook.cells = list(student_cells(notebook, path.name))
-        notebook.cells[0].source += NOTE
+        boxes = any(cell.id.endswith("-box") for cell in notebook.cells)
+        notebook.cells[0].source += NOTE.format(boxes=FILL * boxes)
         notebook.metadata = {"kernelspec": notebook.metadata.kernelspec,
                              "student": {"made": hash_of(notebook.cells)}}
         made[path.name] = nbformat.writes(notebook).rstrip("\n") + "\n"

@@ -21,7 +21,7 @@ EXPERIMENTS = {
     "collapse": ("collapse", "run_collapse",
                  "fine-tuning for sixteen epochs on a better network (a GPU)"),
     "finetune-map": ("finetuning_map", "run_finetuning_map",
-                     "the fine-tuning map of claim D1 (an hour)"),
+                     "the fine-tuning map of claim D1 (an hour and a quarter)"),
     "extract": ("extract", "extract", "features into the cache, by all processes of torchrun"),
     "parity": ("official_parity", "official_features",
                "features of the paper's networks by the official code, from seeded weights"),
