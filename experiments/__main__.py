@@ -30,7 +30,7 @@ EXPERIMENTS = {
     "stability": ("stability", "read_stability", "do two fits agree (half an hour)?"),
     "photos": ("photos", "read_kinds",
                "backbones by kind of image (docs/your_own_images_measured.md)"),
-    "how-many": ("how_many", "ask", "how many clusters, by criteria without labels (20 minutes)"),
+    "how-many": ("how_many", "ask", "how many clusters, by criteria without labels (17 minutes)"),
     "official-rivals": ("official_rivals", "official_rivals",
                         "SCAN's and TEMI's published training code beside ours"),
 }
