@@ -22,16 +22,15 @@ from tsp_utils.study.ledger import COLUMNS
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.staleness import notebook_paths
 
-# Classes (cifar100: 30 of its 100), pixels, images of a split: notebook 02 asks for 50 neighbours.
-# ViT-B sees each at 224 px, and the cache keeps a vector by what its image holds: so sets of one
-# size share their images, and splits all but OWN of theirs.
-SETS = {"cifar10": (10, 32, 52), "cifar100-20": (20, 32, 52), "cifar100": (30, 32, 52),
-        "stl10": (10, 96, 52)}
+# Classes, pixels, images of a split. ViT-B sees each at 224 px, and the cache keeps a vector by
+# what its image holds: so sets of one size share their images, and splits all but OWN of theirs.
+SETS = {"cifar10": (10, 32, 64), "cifar100-20": (20, 32, 64), "cifar100": (100, 32, 110),
+        "stl10": (10, 96, 64)}
 OWN = 2
 WEIGHTS = {"dino_deitsmall16_pretrain.pth": "vit_small_patch16_224",
            "dino_vitbase16_pretrain.pth": "vit_base_patch16_224",
            "dino_resnet50_pretrain.pth": "resnet50"}
-SMALL = ["n_images=52", "n_seeds=2", "max_epochs=1", "min_steps=5", "umap_points=60",
+SMALL = ["n_images=110", "n_seeds=2", "max_epochs=1", "min_steps=5", "umap_points=60",
          "full_seeds=false"]
 
 
