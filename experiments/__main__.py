@@ -27,6 +27,8 @@ EXPERIMENTS = {
                "features of the paper's networks by the official code, from seeded weights"),
     "heads": ("heads", "run_heads_compared", "every head, ten seeds (an hour)"),
     "quality": ("quality", "climb", "what a head adds on every rung of feature quality"),
+    "budget": ("budget", "read_budget",
+               "at which learning rate the loss rests, on every rung (40 minutes)"),
     "stability": ("stability", "read_stability", "do two fits agree (half an hour)?"),
     "photos": ("photos", "read_kinds",
                "backbones by kind of image (docs/your_own_images_measured.md)"),

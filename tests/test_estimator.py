@@ -15,13 +15,14 @@ from sklearn.utils.estimator_checks import check_estimator
 from tsp_utils import (
     TSPClustering,
     clustering_metrics,
+    estimator,
     init_heads,
     load_dataset,
     nearest_neighbors,
     scale_features,
     train_heads,
 )
-from tsp_utils.estimator import check_weights
+from tsp_utils.estimator import check_weights, last_fall
 from tsp_utils.study.feature_sets import load_vectors
 
 X, CLASSES = make_blobs(400, 8, centers=4, random_state=0)
@@ -39,7 +40,8 @@ def test_scikit_learns_own_checks_all_of_them():
 
 
 def test_the_best_head_alone_is_the_librarys_code():
-    fitted, features = TSPClustering(4, keep="best", **QUICK).fit(X), scale_features(X)
+    fitted = TSPClustering(4, keep="best", learning_rate=1e-4, **QUICK).fit(X)
+    features = scale_features(X)
     assert fitted.votes_.tolist() == [1] and (fitted.stability_ == 1).all()
     alike = TSPClustering(1, keep="best", **QUICK).fit(X)  # one cluster: all heads have one loss
     assert len(set(alike.losses_)) == 1 and alike.votes_.tolist() == [1]
@@ -168,7 +170,7 @@ def test_a_collapse_is_one_of_the_kept_head_when_it_is_finished_on_all_samples()
     """While it moves, on the batches of an epoch, a head may leave out clusters that it has."""
     moving, noise = [], np.random.default_rng
     for x, n, settings in [(X, 4, dict(entropy_weight=0.0, learning_rate=0.1)), *(
-            (noise(seed).standard_normal((60, 5)), 20, dict(random_state=seed))
+            (noise(seed).standard_normal((60, 5)), 20, dict(random_state=seed, learning_rate=1e-4))
             for seed in range(12))]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -192,6 +194,7 @@ def test_a_collapse_is_one_of_the_kept_head_when_it_is_finished_on_all_samples()
         ("min_steps", np.inf, "pass a whole number of at least 0"),
         ("entropy_weight", "3", "pass a number"), ("learning_rate", None, "pass a number"),
         ("entropy_weight", np.nan, "pass 0 or more"),
+        ("learning_rate", "fast", "pass a number"),
         ("learning_rate", -1e-4, "pass a number above 0")]),
     ({}, np.zeros((50, 3)), "All features are 0"),
     ({}, np.full((50, 3), np.nan), "NaN"),
@@ -213,6 +216,29 @@ def test_a_collapse_is_one_of_the_kept_head_when_it_is_finished_on_all_samples()
 def test_settings_and_input_that_cannot_train_are_refused_in_one_sentence(settings, x, sentence):
     with pytest.raises(ValueError, match=sentence):
         TSPClustering(**dict(n_clusters=4) | settings).fit(x)
+
+
+def test_a_loss_that_still_falls_is_trained_at_the_next_rate_from_the_same_start(monkeypatch):
+    def fitted(rate):
+        return TSPClustering(4, learning_rate=rate, n_init=2, max_epochs=0, min_steps=400,
+                             random_state=0).fit(X)
+
+    for rates, rate in (((1e-4, 3e-4, 1e-3), 1e-3), ((1e-4, 0.02, 1.0), 0.02)):
+        monkeypatch.setattr(estimator, "RATES", rates)  # at 0.02 the loss rests, at the others not
+        auto, fixed = fitted("auto"), fitted(rate)
+        assert auto.learning_rate_ == fixed.learning_rate_ == rate
+        np.testing.assert_array_equal(auto.losses_, fixed.losses_)
+        np.testing.assert_array_equal(auto.coef_, fixed.coef_)
+
+
+def test_the_share_of_the_fall_that_comes_in_the_second_half():
+    losses = np.full((100, 1), 99.0)  # what lies between is not looked at
+    losses[0], losses[40:50], losses[90:] = 8, 5, 2
+    assert last_fall(losses) == pytest.approx(0.5)
+    assert last_fall(np.linspace(0, -1, 101)[:, None]) == pytest.approx(0.5, abs=0.05)
+    assert last_fall(np.array([[3.0, 1.0], [1.0, 0.0]])) == 1  # mean over the heads
+    assert last_fall(np.full((1, 3), 2.0)) == last_fall(np.full((9, 3), 2.0)) == 0
+    assert last_fall(np.arange(9.0)[:, None]) < 0  # it rises: no other rate would mend that
 
 
 def test_four_fifths_of_cifar10_cluster_the_rest_alike():

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from readings import ROOT
 from toys import three_blobs
 
 import tsp_utils as tsp
-from experiments import quality
+from experiments import budget, quality
 from tsp_utils.files.paths import shipped_records
 from tsp_utils.study import rungs
 
@@ -104,3 +105,35 @@ def test_records_of_rungs_that_are_not_here_are_kept(monkeypatch, tmp_path, own_
     again = json.loads(quality.climb().read_text())
     assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, shipped)) != again
     assert {(r["dataset"], r["backbone"]) for r in again[:5]} == {("cifar10", "patch_kmeans")}
+
+
+def test_the_page_of_the_budget_is_the_records_and_the_rule():
+    page = (ROOT / "docs" / "budget.md").read_text("utf-8")
+    study, summed = tsp.load_study("offline"), {"real": [], "simulated": []}
+    known = {(r["dataset"], r["backbone"], r["setting"]): r for r in shipped_records("quality")}
+    for r in shipped_records("budget"):
+        assert r["code"] == quality.code_of_a_rung(study)
+        rate, where = budget.chosen_rate(r["late"]), (r["dataset"], r["backbone"])
+        assert list(r["late"]) == ["0.0001", "0.0003"][:1 + (rate > 1e-4)]
+        assert set(map(float, r["acc"])) == {1e-4, rate}
+        start = known[*where, "the study's"]["k-means"]["acc"]
+        cells = [f"{np.mean(acc):.1f} ± {np.std(acc, ddof=1):.1f}"
+                 for acc in (start, r["acc"]["0.0001"], r["acc"][f"{rate:g}"])]
+        cells[2] = "the same" if rate == 1e-4 else cells[2]
+        taken = f"{100 * r['late']['0.0001']:.0f} | {rate:.0e}".replace("e-0", "e-")
+        row = f"| {r['dataset']}, `{r['backbone']}` | {r['n']:,} | {taken} | {' | '.join(cells)} |"
+        assert row in page
+        tenfold = known.get((*where, "rate 1e-3"), {"head": {"acc": np.nan}})["head"]["acc"]
+        summed[r["kind"]].append([np.mean(acc) for acc in (
+            start, r["acc"]["0.0001"], r["acc"][f"{rate:g}"], tenfold)])
+    real, control = (np.array(rows) for rows in summed.values())
+    means, ahead = real.mean(0), (real > real[:, :1]).sum(0)
+    assert f"| mean ACC | {' | '.join(f'{mean:.1f}' for mean in means)} |" in page
+    assert f"above K-means | | {ahead[1]} | {ahead[2]} | {ahead[3]} |" in page
+    change = real[:, 2] - real[:, 1]
+    assert f"{len(real)} real ones, and {len(control)} simulated" in page
+    assert f"over a point on {(change > 1).sum()} real rungs" in page
+    assert (change < -1).sum() == 1 and f"on one, by {-change.min():.1f}." in page
+    assert "goes from {1:.1f} to {2:.1f}.".format(*control.mean(0)) in page
+    away = control[:, 2] - control[:, 1]
+    assert f"loses {-away.min():.1f} points, the best gains {away.max():.1f}." in page

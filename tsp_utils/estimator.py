@@ -12,7 +12,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from tsp_utils.approximate import find_neighbors
 from tsp_utils.devices import find_device
-from tsp_utils.heads import best_head, check_training, init_heads, train_heads, warn_of_collapse
+from tsp_utils.heads import (
+    LinearHeads,
+    best_head,
+    check_training,
+    init_heads,
+    train_heads,
+    warn_of_collapse,
+)
 from tsp_utils.scaling import Scaler
 
 # Nats of loss by which a head's vote falls to 1 / e of the best one's: chosen on five feature sets
@@ -20,6 +27,8 @@ from tsp_utils.scaling import Scaler
 TEMPERATURE = 0.02
 LEAST_VOTE = 0.01  # of all; heads with less are left out
 MATCHED_ON = 20_000  # samples
+RATES = (1e-4, 3e-4, 1e-3)  # of Adam: the paper's, then those for a loss that does not rest there
+AT_REST = 0.05  # of all that the loss falls by, at most, in the second half of the training
 
 
 class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.ClusterMixin,
@@ -32,13 +41,16 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
     "best": that head alone, as in the paper. No label is read. neighbor_search and metric are
     those of `find_neighbors`, others those of `train_heads`; n_neighbors is lowered, with a
     warning, for too few samples, and a batch is an eighth of them, from 32 to batch_size.
+    learning_rate "auto": the paper's 1e-4, if of what the first head's loss then falls by at most
+    a twentieth comes in the second half of the training, else 3e-4, else 1e-3 (docs/budget.md).
 
     Attributes: labels_ int64 [N], the clusters of the fitted samples; stability_ [N], the share of
     the votes that each sample's heads give to its cluster as their most probable one; votes_ [S] of
     the S heads kept, the best one first; coef_ [S, C, D] and intercept_ [S, C], which work on X as
     passed; scale_, the scalar that brought the mean length of the features to sqrt(D), folded into
     coef_; history_, the best head's curves by name, each [epochs] (its last n_nonempty and
-    largest_share: of labels_); losses_ [n_init], the final ones; n_features_in_, feature_names_in_.
+    largest_share: of labels_); losses_ [n_init], the final ones; learning_rate_;
+    n_features_in_, feature_names_in_.
     `fit` raises ValueError for settings that cannot train, fewer than 4 samples, fewer distinct
     ones than clusters, all-zero X, X of which a row or a column outweighs the rest (named), and
     where the loss of every head is NaN.
@@ -46,7 +58,7 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
 
     def __init__(self, n_clusters=8, *, n_neighbors=20, n_init=10, init="k-means",
                  entropy_weight=3.0, max_epochs=100, min_steps=2000, batch_size=256,
-                 learning_rate=1e-4, metric="cosine", neighbor_search="auto", keep="all",
+                 learning_rate="auto", metric="cosine", neighbor_search="auto", keep="all",
                  device="auto", random_state=None):
         self.n_clusters = n_clusters
         self.n_neighbors = n_neighbors
@@ -77,13 +89,22 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
                                    device, self.neighbor_search)
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=self.n_init).tolist()
         heads = init_heads(features, self.n_clusters, seeds, self.init)
-        with warnings.catch_warnings():  # of heads that are not kept nobody needs to hear
-            warnings.filterwarnings("ignore", "Collapse", UserWarning)
-            curves = train_heads(
-                heads, features, neighbors, entropy_weight=self.entropy_weight,
-                max_epochs=self.max_epochs, min_steps=self.min_steps,
-                batch_size=min(self.batch_size, max(32, len(X) // 8)),
-                learning_rate=self.learning_rate, device=device, progress=False).curves
+
+        def train(heads, rate):
+            with warnings.catch_warnings():  # of heads that are not kept nobody needs to hear
+                warnings.filterwarnings("ignore", "Collapse", UserWarning)
+                return train_heads(
+                    heads, features, neighbors, entropy_weight=self.entropy_weight,
+                    max_epochs=self.max_epochs, min_steps=self.min_steps,
+                    batch_size=min(self.batch_size, max(32, len(X) // 8)),
+                    learning_rate=rate, device=device, progress=False).curves
+
+        self.learning_rate_ = self.learning_rate
+        if self.learning_rate == "auto":  # the first head, alone, tries all but the last
+            first = heads.weight[:1], seeds[:1]
+            self.learning_rate_ = next((rate for rate in RATES[:-1] if last_fall(
+                train(LinearHeads(*first), rate)["loss"]) <= AT_REST), RATES[-1])
+        curves = train(heads, self.learning_rate_)
         self.losses_ = curves["loss"][-1].copy()
         best = best_head(self.losses_)
         self.history_ = {name: curve[:, best].copy() for name, curve in curves.items()}
@@ -111,13 +132,13 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
                 raise ValueError(f"{name} is {value!r}; pass a whole number of at least {least}.")
         if self.keep not in ("all", "best"):
             raise ValueError(f"keep is {self.keep!r}; pass all or best.")
-        for name in ("entropy_weight", "learning_rate"):
-            if not isinstance(value := getattr(self, name), Real):
+        rate = RATES[0] if self.learning_rate == "auto" else self.learning_rate
+        for name, value in (("entropy_weight", self.entropy_weight), ("learning_rate", rate)):
+            if not isinstance(value, Real):
                 raise ValueError(f"{name} is {value!r}; pass a number.")
         if 1e6 < self.entropy_weight < np.inf:
             raise ValueError(f"entropy_weight is {self.entropy_weight}; pass 0 or more, about 3.")
-        check_training(self.entropy_weight, self.max_epochs, self.min_steps, self.batch_size,
-                       self.learning_rate)
+        check_training(self.entropy_weight, self.max_epochs, self.min_steps, self.batch_size, rate)
         return find_device(self.device)
 
     def _usable_neighbors(self, n_samples: int) -> int:
@@ -173,6 +194,14 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
     @property
     def _n_features_out(self):
         return self.coef_.shape[1]  # as fitted, whatever set_params said since
+
+
+def last_fall(losses: np.ndarray) -> float:
+    """The share of its fall that comes in the second half, of losses [E, S], a mean over heads."""
+    means, tenth = losses.mean(1), max(1, len(losses) // 10)
+    half = means[max(tenth, len(losses) // 2) - tenth :][:tenth].mean()
+    end = means[-tenth:].mean()
+    return float((half - end) / max(means[0] - end, 1e-9))
 
 
 def check_weights(X: np.ndarray) -> None:

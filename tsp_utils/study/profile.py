@@ -190,9 +190,10 @@ class Study(Settings):
                             ha="left", fontsize=12, fontweight="bold")
         print(textwrap.fill(caption, 100))
         self.save_table(data, name)
-        for kind in ("png", "svg")[: 1 + bool(os.environ.get("TSP_SVG"))]:
+        # In an SVG only the points of maps and small images are pixels, and 72 dpi are theirs.
+        for kind, dpi in (("png", 110), ("svg", 72))[: 1 + bool(os.environ.get("TSP_SVG"))]:
             self.leave(f"figures/{name}.{kind}", partial(
-                figure.savefig, format=kind, dpi=110, bbox_inches="tight", pad_inches=0.15,
+                figure.savefig, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.15,
                 metadata={"Software" if kind == "png" else "Date": None, "Description": caption}))
 
     def save_table(self, table: pd.DataFrame | str, name: str) -> None:
