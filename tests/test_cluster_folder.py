@@ -52,6 +52,7 @@ def test_table_and_page_are_those_of_three_lines_of_python(photos, monkeypatch):
     page = (out / "report.html").read_text()
     assert page.count('<section class="cluster"') == table["cluster"].nunique()
     assert "after the fact" not in page
+    assert f"at a learning rate of {model.learning_rate_};" in page
     loaded_from_elsewhere = r"src=\"(?!data:)|<link|url\(|@import|https?://(?!www.w3.org/2000/svg)"
     assert not re.search(loaded_from_elsewhere, page)
     links = re.findall(r'<figure><a href="(.*?)"', page)
@@ -381,7 +382,7 @@ def test_a_large_folder_keeps_the_page_small(monkeypatch):
         history={"loss": np.linspace(1, 0, 100)},
         neighbors=type("Neighbors", (), {"indices": rng.integers(0, n, (n, 20))}),
         made={"backbone": "made up", "weights": "", "seed": 0, "out": "clusters/a",
-              "settings": TSPClustering().get_params(), "versions": {}},
+              "rate": 1e-4, "settings": TSPClustering().get_params(), "versions": {}},
         changed=set(), told=list))
     photo = rng.integers(0, 256, (500, 500, 3), dtype=np.uint8)  # noise is what packs worst
     monkeypatch.setattr("tsp_utils.files.image_folders._decode", lambda path, content: (photo, 0))

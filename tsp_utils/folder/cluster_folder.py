@@ -167,6 +167,7 @@ def cluster_images(folder: Path, paths: list[str], n_clusters: int, backbone: st
         model.stability_, neighbors, model.history_, labels, classes, files.unreadable, notes,
         {"backbone": network.name, "weights": (network.describe()["weights_sha256"] or "none")[:16],
          "seed": seed, "settings": model.get_params() | {"random_state": seed},
+         "rate": model.learning_rate_,
          "versions": cache.versions()})
 
 
