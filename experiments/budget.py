@@ -1,7 +1,7 @@
 """One budget of training: on which rungs of notebook 11 the loss rests, at which rate, and its ACC.
 
 No label decides: the rule reads the first head's loss alone, as `TSPClustering` does. ACC of ten
-seeds at the paper's rate and at the highest is that of notebook 11's records.
+seeds at the paper's rate and at the highest is that of notebook 11's records where they have it.
 """
 
 import logging

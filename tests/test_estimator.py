@@ -194,7 +194,7 @@ def test_a_collapse_is_one_of_the_kept_head_when_it_is_finished_on_all_samples()
         ("min_steps", np.inf, "pass a whole number of at least 0"),
         ("entropy_weight", "3", "pass a number"), ("learning_rate", None, "pass a number"),
         ("entropy_weight", np.nan, "pass 0 or more"),
-        ("learning_rate", "fast", "pass a number"),
+        ("learning_rate", "fast", "pass a number, or auto"),
         ("learning_rate", -1e-4, "pass a number above 0")]),
     ({}, np.zeros((50, 3)), "All features are 0"),
     ({}, np.full((50, 3), np.nan), "NaN"),

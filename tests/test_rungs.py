@@ -120,7 +120,7 @@ def test_the_page_of_the_budget_is_the_records_and_the_rule():
         cells = [f"{np.mean(acc):.1f} ± {np.std(acc, ddof=1):.1f}"
                  for acc in (start, r["acc"]["0.0001"], r["acc"][f"{rate:g}"])]
         cells[2] = "the same" if rate == 1e-4 else cells[2]
-        taken = f"{100 * r['late']['0.0001']:.1f} | {rate:.0e}".replace("e-0", "e-")
+        taken = f"{100 * r['late']['0.0001']:.2f} | {rate:.0e}".replace("e-0", "e-")
         row = f"| {r['dataset']}, `{r['backbone']}` | {r['n']:,} | {taken} | {' | '.join(cells)} |"
         assert row in page
         tenfold = known.get((*where, "rate 1e-3"), {"head": {"acc": np.nan}})["head"]["acc"]

@@ -99,12 +99,12 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
                     batch_size=min(self.batch_size, max(32, len(X) // 8)),
                     learning_rate=rate, device=device, progress=False).curves
 
-        self.learning_rate_ = self.learning_rate
-        if self.learning_rate == "auto":  # the first head, alone, tries all but the last
+        rate = self.learning_rate
+        if isinstance(rate, str):  # auto: the first head, alone, tries all but the last
             first = heads.weight[:1], seeds[:1]
-            self.learning_rate_ = next((rate for rate in RATES[:-1] if last_fall(
-                train(LinearHeads(*first), rate)["loss"]) <= AT_REST), RATES[-1])
-        curves = train(heads, self.learning_rate_)
+            rate = next((tried for tried in RATES[:-1] if not last_fall(
+                train(LinearHeads(*first), tried)["loss"]) > AT_REST), RATES[-1])  # NaN: stop
+        curves, self.learning_rate_ = train(heads, rate), rate
         self.losses_ = curves["loss"][-1].copy()
         best = best_head(self.losses_)
         self.history_ = {name: curve[:, best].copy() for name, curve in curves.items()}
@@ -132,10 +132,12 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
                 raise ValueError(f"{name} is {value!r}; pass a whole number of at least {least}.")
         if self.keep not in ("all", "best"):
             raise ValueError(f"keep is {self.keep!r}; pass all or best.")
-        rate = RATES[0] if self.learning_rate == "auto" else self.learning_rate
+        auto = isinstance(self.learning_rate, str) and self.learning_rate == "auto"
+        rate = RATES[0] if auto else self.learning_rate
         for name, value in (("entropy_weight", self.entropy_weight), ("learning_rate", rate)):
             if not isinstance(value, Real):
-                raise ValueError(f"{name} is {value!r}; pass a number.")
+                raise ValueError(f"{name} is {value!r}; pass a number"
+                                 f"{', or auto' * (name == 'learning_rate')}.")
         if 1e6 < self.entropy_weight < np.inf:
             raise ValueError(f"entropy_weight is {self.entropy_weight}; pass 0 or more, about 3.")
         check_training(self.entropy_weight, self.max_epochs, self.min_steps, self.batch_size, rate)
@@ -201,7 +203,7 @@ def last_fall(losses: np.ndarray) -> float:
     means, tenth = losses.mean(1), max(1, len(losses) // 10)
     half = means[max(tenth, len(losses) // 2) - tenth :][:tenth].mean()
     end = means[-tenth:].mean()
-    return float((half - end) / max(means[0] - end, 1e-9))
+    return float((half - end) / max(means[0] - end, 1e-6))  # one cluster: no fall, but noise
 
 
 def check_weights(X: np.ndarray) -> None:
