@@ -28,7 +28,7 @@ EXPERIMENTS = {
     "heads": ("heads", "run_heads_compared", "every head, ten seeds (an hour)"),
     "quality": ("quality", "climb", "what a head adds on every rung of feature quality"),
     "budget": ("budget", "read_budget",
-               "at which learning rate the loss rests, on every rung (40 minutes)"),
+               "at which learning rate the loss rests, on every rung (51 minutes, busy)"),
     "stability": ("stability", "read_stability", "do two fits agree (half an hour)?"),
     "photos": ("photos", "read_kinds",
                "backbones by kind of image (docs/your_own_images_measured.md)"),

@@ -231,6 +231,12 @@ def test_a_loss_that_still_falls_is_trained_at_the_next_rate_from_the_same_start
         np.testing.assert_array_equal(auto.coef_, fixed.coef_)
 
 
+def test_a_loss_that_is_no_number_raises_no_rate(monkeypatch):
+    monkeypatch.setattr(estimator, "last_fall", lambda losses: np.nan)
+    fitted = TSPClustering(4, n_init=1, max_epochs=0, min_steps=50, random_state=0).fit(X)
+    assert fitted.learning_rate_ == 1e-4
+
+
 def test_the_share_of_the_fall_that_comes_in_the_second_half():
     losses = np.full((100, 1), 99.0)  # what lies between is not looked at
     losses[0], losses[40:50], losses[90:] = 8, 5, 2

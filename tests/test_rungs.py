@@ -125,8 +125,10 @@ def test_the_page_of_the_budget_is_the_records_and_the_rule():
         assert row in page
         tenfold = known.get((*where, "rate 1e-3"), {"head": {"acc": np.nan}})["head"]["acc"]
         summed[r["kind"]].append([np.mean(acc) for acc in (
-            start, r["acc"]["0.0001"], r["acc"][f"{rate:g}"], tenfold)])
-    real, control = (np.array(rows) for rows in summed.values())
+            start, r["acc"]["0.0001"], r["acc"][f"{rate:g}"], tenfold)] + [rate])
+    real, control = (np.array(rows)[:, :4] for rows in summed.values())
+    unasked, none = ([row[4] for row in rows].count(1e-3) for rows in summed.values())
+    assert f"On {unasked} real rungs the loss rests at neither rate" in page and none == 0
     means, ahead = real.mean(0), (real > real[:, :1]).sum(0)
     assert f"| mean ACC | {' | '.join(f'{mean:.1f}' for mean in means)} |" in page
     assert f"above K-means | | {ahead[1]} | {ahead[2]} | {ahead[3]} |" in page
