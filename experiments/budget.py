@@ -8,9 +8,9 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.quality import LABELLED, code_of_a_rung, rungs
+from experiments.quality import code_of_a_rung, rungs
 from tsp_utils.cache import hardware, versions
-from tsp_utils.estimator import AT_REST, RATES, last_fall
+from tsp_utils.estimator import RATES, last_fall, rate_for
 from tsp_utils.files.paths import bundled_dir, shipped_records, write_lines
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.training import run_heads
@@ -20,19 +20,10 @@ KNOWN = {"the study's": RATES[0], "rate 1e-3": RATES[-1]}  # settings of noteboo
 
 
 def late_falls(study, found) -> dict[str, float]:
-    """Rate by rate, until the first head's loss rests: the share of its fall that comes late."""
-    late: dict[str, float] = {}
-    for rate in RATES[:-1]:
-        first = run_heads(replace(study, learning_rate=rate, n_seeds=1), found, found)
-        late[f"{rate:g}"] = round(last_fall(first.curves["loss"]), 4)
-        if late[f"{rate:g}"] <= AT_REST:
-            break
-    return late
-
-
-def chosen_rate(late: dict[str, float]) -> float:
-    """The first rate at which the loss rests, or the highest."""
-    return next((float(rate) for rate, share in late.items() if share <= AT_REST), RATES[-1])
+    """By rate, the share of the first head's fall that comes late; at 3e-4 as evidence alone."""
+    return {f"{rate:g}": round(last_fall(run_heads(
+        replace(study, learning_rate=rate, n_seeds=1), found, found).curves["loss"]), 4)
+        for rate in RATES[:-1]}
 
 
 def acc_of_heads(study, found, rate: float) -> list[float]:
@@ -49,16 +40,14 @@ def read_budget(n_seeds: int = 10) -> Path:
     """Every rung but those of the labelled network; returns the path of the records."""
     study = replace(load_study("offline"), profile="budget", n_seeds=n_seeds)
     made: list[dict] = []
-    for kind, found in rungs():
-        if LABELLED in found.backbone:
-            continue
+    for kind, found in rungs(with_labels=False):
         late = late_falls(study, found)
         made.append({
             "kind": kind, "dataset": found.dataset, "backbone": found.backbone,
             "n": len(found.labels), "n_clusters": found.n_clusters, "protocol": "all",
             "fit": found.fingerprint, "code": code_of_a_rung(study), "late": late,
             "acc": {f"{rate:g}": acc_of_heads(study, found, rate)
-                    for rate in sorted({RATES[0], chosen_rate(late)})},
+                    for rate in sorted({RATES[0], rate_for(late["0.0001"])})},
             "hardware": hardware("cpu"), "versions": versions()})
         logger.info("%s under %s: %s", found.dataset, found.backbone, late)
     return write_lines(bundled_dir() / "readouts" / "budget.json", made)

@@ -74,8 +74,8 @@ def labelled(dataset: str, size: int) -> Iterator[FeatureSet]:
                          np.ascontiguousarray(part), images.labels, images.classes)
 
 
-def rungs() -> Iterator[tuple[str, FeatureSet]]:
-    """Every rung with its kind: real, labelled or simulated."""
+def rungs(with_labels: bool = True) -> Iterator[tuple[str, FeatureSet]]:
+    """Every rung with its kind: real, labelled (unless left out) or simulated."""
     study = load_study("offline")
     real = [("cifar10", name) for name in BACKBONES if vectors_path("cifar10", name).exists()]
     real += [(name, backbone) for name in ("fashion-mnist", "digits") for backbone in BACKBONES]
@@ -90,7 +90,7 @@ def rungs() -> Iterator[tuple[str, FeatureSet]]:
             yield "real", replace(
                 found, dataset=f"{dataset}, {n} classes", features=found.features[rows],
                 labels=found.labels[rows], classes=found.classes[:n])
-    for dataset, size in LABELLED_AT:
+    for dataset, size in LABELLED_AT if with_labels else ():
         try:
             yield from (("labelled", found) for found in labelled(dataset, size))
         except (OSError, ImportError) as error:

@@ -1,5 +1,6 @@
 """TSP as a scikit-learn clusterer: heads that vote by their loss, fitted on features."""
 
+import bisect
 import warnings
 from numbers import Integral, Real
 
@@ -27,8 +28,9 @@ from tsp_utils.scaling import Scaler
 TEMPERATURE = 0.02
 LEAST_VOTE = 0.01  # of all; heads with less are left out
 MATCHED_ON = 20_000  # samples
-RATES = (1e-4, 3e-4, 1e-3)  # of Adam: the paper's, then those for a loss that does not rest there
-AT_REST = 0.05  # of all that the loss falls by, at most, in the second half of the training
+# Learning rates of Adam: the paper's, and those for a loss that does not come to rest at it, by the
+# share of its fall that comes in the second half of the training (experiments/budget.py).
+RATES, LATE = (1e-4, 3e-4, 1e-3), (1 / 20, 1 / 8)
 
 
 class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.ClusterMixin,
@@ -42,7 +44,8 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
     those of `find_neighbors`, others those of `train_heads`; n_neighbors is lowered, with a
     warning, for too few samples, and a batch is an eighth of them, from 32 to batch_size.
     learning_rate "auto": the paper's 1e-4, if of what the first head's loss then falls by at most
-    a twentieth comes in the second half of the training, else 3e-4, else 1e-3 (docs/budget.md).
+    a twentieth comes in the second half of the training, 3e-4 if at most an eighth, else 1e-3
+    (docs/budget.md).
 
     Attributes: labels_ int64 [N], the clusters of the fitted samples; stability_ [N], the share of
     the votes that each sample's heads give to its cluster as their most probable one; votes_ [S] of
@@ -100,10 +103,9 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
                     learning_rate=rate, device=device, progress=False).curves
 
         rate = self.learning_rate
-        if isinstance(rate, str):  # auto: the first head, alone, tries all but the last
-            first = heads.weight[:1], seeds[:1]
-            rate = next((tried for tried in RATES[:-1] if not last_fall(
-                train(LinearHeads(*first), tried)["loss"]) > AT_REST), RATES[-1])  # NaN: stop
+        if isinstance(rate, str):  # auto: the first head tells, alone
+            first = LinearHeads(heads.weight[:1], seeds[:1])
+            rate = rate_for(last_fall(train(first, RATES[0])["loss"]))
         curves, self.learning_rate_ = train(heads, rate), rate
         self.losses_ = curves["loss"][-1].copy()
         best = best_head(self.losses_)
@@ -196,6 +198,11 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
     @property
     def _n_features_out(self):
         return self.coef_.shape[1]  # as fitted, whatever set_params said since
+
+
+def rate_for(late: float) -> float:
+    """The learning rate for a loss of which this share of its fall comes late (NaN: the first)."""
+    return RATES[bisect.bisect_left(LATE, late)]
 
 
 def last_fall(losses: np.ndarray) -> float:

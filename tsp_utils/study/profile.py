@@ -5,11 +5,14 @@ import re
 import textwrap
 from dataclasses import fields, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import pandas as pd
 import yaml
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -190,11 +193,16 @@ class Study(Settings):
                             ha="left", fontsize=12, fontweight="bold")
         print(textwrap.fill(caption, 100))
         self.save_table(data, name)
-        # In an SVG only the points of maps and small images are pixels, and 72 dpi are theirs.
-        for kind, dpi in (("png", 110), ("svg", 72))[: 1 + bool(os.environ.get("TSP_SVG"))]:
-            self.leave(f"figures/{name}.{kind}", partial(
-                figure.savefig, format=kind, dpi=dpi, bbox_inches="tight", pad_inches=0.15,
-                metadata={"Software" if kind == "png" else "Date": None, "Description": caption}))
+        drawn, said, whole = BytesIO(), PngInfo(), dict(bbox_inches="tight", pad_inches=0.15)
+        figure.savefig(drawn, format="png", dpi=110, **whole)
+        said.add_itxt("Description", caption)
+        image = Image.open(drawn).convert("RGB").quantize(dither=Image.Dither.NONE)  # 256 colours
+        self.leave(f"figures/{name}.png", partial(image.save, format="png", optimize=True,
+                                                  pnginfo=said))
+        if os.environ.get("TSP_SVG"):  # only points of maps and small images are pixels there
+            self.leave(f"figures/{name}.svg", partial(
+                figure.savefig, format="svg", dpi=72, **whole,
+                metadata={"Date": None, "Description": caption}))
 
     def save_table(self, table: pd.DataFrame | str, name: str) -> None:
         """Write a table as figures/NAME.csv, without its index, or a text as figures/NAME.md."""
