@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch.utils.flop_counter import FlopCounterMode
 
 import tsp_utils.networks.small_resnet  # noqa: F401  (timm learns its name)
+from experiments.contrastive import Contrastive, ContrastiveRecipe, pretrain_contrastive
 from tsp_utils.cache import code_of, hardware, versions
 from tsp_utils.datasets import load_dataset
 from tsp_utils.devices import find_device, gains_from_bf16
@@ -27,11 +28,6 @@ from tsp_utils.files.paths import runs_dir, write_json, write_whole
 from tsp_utils.files.unknown_names import unknown
 from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.networks.weights import attention
-from tsp_utils.pretraining.contrastive import (
-    Contrastive,
-    ContrastiveRecipe,
-    pretrain_contrastive,
-)
 from tsp_utils.pretraining.dino import Dino, DinoRecipe, Network
 from tsp_utils.pretraining.run import pretrain_dino
 from tsp_utils.study.feature_sets import draw_rows, spread_rows

@@ -12,20 +12,19 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
-from experiments import arms
+from experiments import arms, contrastive
 from experiments.arms import ARMS, Arm, encode, pretrain_arm
-from experiments.what_ships import VECTOR_BACKBONES
-from tests.test_arms import images_of, some_rate
-from tsp_utils.backbones import load_backbone
-from tsp_utils.datasets import load_dataset
-from tsp_utils.neighbors import knn_accuracy
-from tsp_utils.pretraining import contrastive
-from tsp_utils.pretraining.contrastive import (
+from experiments.contrastive import (
     Contrastive,
     ContrastiveRecipe,
     nt_xent,
     pretrain_contrastive,
 )
+from experiments.what_ships import VECTOR_BACKBONES
+from tests.test_arms import images_of, some_rate
+from tsp_utils.backbones import load_backbone
+from tsp_utils.datasets import load_dataset
+from tsp_utils.neighbors import knn_accuracy
 from tsp_utils.study.profile import load_study
 from tsp_utils.study.rungs import consistency
 
@@ -96,7 +95,7 @@ def test_the_rate_rises_and_falls_and_norms_do_not_decay(optimizer):
 
 
 def test_its_own_network_is_known_without_another_import():
-    code = "import timm, tsp_utils.pretraining.contrastive; timm.create_model('small_resnet')"
+    code = "import timm, experiments.contrastive; timm.create_model('small_resnet')"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
