@@ -42,6 +42,7 @@ class Evidence:
     interval: tuple | None = None  # in place of t's
     unmet: str = ""  # a precondition that failed, named
     note: str = ""  # for the reader, behind the verdict
+    decides: bool = True  # False: for the second reading alone
     order: int = 0  # of the cells of a claim
 
     @cached_property
@@ -137,7 +138,7 @@ def ledger(cells: Sequence[Evidence], claims: Sequence[Claim] = CLAIMS) -> pd.Da
     """C0 to C12 (or these claims), one row each, from one profile's evidence; columns COLUMNS."""
     rows = []
     for claim in claims:
-        own = [cell for cell in cells if cell.claim == claim.id]
+        own = [cell for cell in cells if cell.claim == claim.id and cell.decides]
         first = own[0] if own else Evidence(
             claim.id, "", "", "", "", 0, 0, unmet=claim.unmeasured)
         rows.append(_row(first, claim.combine(own) if own else first.verdict))
