@@ -73,22 +73,21 @@ def test_what_equals_the_paper_is_inside_and_five_points_off_is_not(study, monke
     assert "1 of 1 heads lie beyond one point" in capsys.readouterr().out
 
 
-def row(method, dataset, table=TABLE_1):
-    (found,) = [r for r in table if (r.method, r.dataset) == (method, dataset)]
-    return found
-
-
 def accs(methods, table=TABLE_1):
     """The best ACC of these methods on each set."""
-    return [max(row(method, dataset, table).acc for method in methods) for dataset in DATASETS]
+    return [max(r.acc for r in table if r.method in methods and r.dataset == dataset)
+            for dataset in DATASETS]
 
 
-def test_table_1_is_complete_and_every_cell_is_a_percentage():
-    assert {(r.method, r.dataset) for r in TABLE_1} == {
-        (m, d) for m in (*EARLIER, *TSP, "supervised") for d in DATASETS}
-    assert len(TABLE_1) == 13 * 3
+def test_table_1_is_complete_and_every_cell_is_a_percentage_of_which_iic_has_accuracy_only():
+    assert set(PAPER) == {(m, d) for m in (*EARLIER, *TSP, "supervised") for d in DATASETS}
+    assert len(TABLE_1) == len(PAPER)
     for r in (*TABLE_1, *TABLE_2, *EXTERNAL):
         assert all(v is None or 0 < v < 100 for v in (r.nmi, r.acc, r.ari))
+        assert r.acc is not None and (r.nmi is None) == (r.ari is None) == (r.method == "IIC")
+    for r in TABLE_1:  # deviations and runs belong to its own rows alone
+        found = (r.nmi_std, r.acc_std, r.ari_std, r.n)
+        assert None not in found and r.n == 10 if r.method in TSP else found == (None,) * 4
 
 
 @pytest.mark.parametrize(("method", "dataset", "values"), [
@@ -97,27 +96,18 @@ def test_table_1_is_complete_and_every_cell_is_a_percentage():
     ("K-means", "cifar10", (8.7, 22.9, 4.9, None, None, None)),
     ("supervised", "stl10", (97.0, 98.9, 97.6, None, None, None))])
 def test_spot_values_of_table_1(method, dataset, values):
-    r = row(method, dataset)
+    r = PAPER[method, dataset]
     assert (r.nmi, r.acc, r.ari, r.nmi_std, r.acc_std, r.ari_std) == values
-
-
-def test_deviations_and_runs_belong_to_the_tsp_rows_alone_and_iic_has_accuracy_only():
-    for r in TABLE_1:
-        deviations = (r.nmi_std, r.acc_std, r.ari_std, r.n)
-        assert (None in deviations) is (r.method not in TSP)
-        assert deviations == (None,) * 4 or r.n == 10
-        if r.method == "IIC":
-            assert r.nmi is None and r.ari is None and r.acc is not None
 
 
 def test_the_best_of_the_abstract_of_sec_4_2_and_of_others_later():
     assert accs(["TSP-ViT1", "TSP-ViT2"]) == [94.0, 55.6, 97.9]
     assert accs(EARLIER) == [84.3, 47.7, 80.8]
     for dataset, vit, earlier in product(DATASETS, ("TSP-ViT1", "TSP-ViT2"), ("SCAN", "NNM")):
-        ours, theirs = row(vit, dataset), row(earlier, dataset)
+        ours, theirs = PAPER[vit, dataset], PAPER[earlier, dataset]
         assert ours.acc > theirs.acc and ours.nmi > theirs.nmi and ours.ari > theirs.ari
     # whatever the text says:
-    assert row("TSP-ResNet", "stl10").acc < row("SCAN", "stl10").acc < row("NNM", "stl10").acc
+    assert PAPER["TSP-ResNet", "stl10"].acc < accs(["SCAN"])[2] < accs(["NNM"])[2]
     assert accs(["SCAN + self-labelling"], EXTERNAL) == [88.3, 50.7, 80.9]
     assert accs(["SPICE"], EXTERNAL) == [91.7, 58.4, 92.9]
 
@@ -129,5 +119,5 @@ def test_table_2_peaks_at_10_and_is_not_quite_table_1_at_20():
     r = by_k[30]
     assert (r.acc, r.acc_std, r.nmi, r.nmi_std) == (91.88, 0.90, 84.23, 1.12)
     assert (r.ari, r.ari_std, r.n) == (83.27, 1.59, 10)
-    in_table_1 = row("TSP-ViT1", "cifar10")
+    in_table_1 = PAPER["TSP-ViT1", "cifar10"]
     assert abs(by_k[20].acc - in_table_1.acc) < 0.05 < abs(by_k[20].nmi - in_table_1.nmi)

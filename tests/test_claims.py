@@ -20,13 +20,6 @@ PAGE = (Path(__file__).parents[1] / "docs" / "rules.md").read_text(encoding="utf
 NOISE = np.array([-1, -1, 1, 1]) * math.sqrt(3) / 2
 
 
-def test_ids_run_from_c0_to_c12_and_only_known_units_and_scopes_occur():
-    assert [c.id for c in CLAIMS] == [f"C{i}" for i in range(13)]
-    assert {c.unit for c in CLAIMS} == {"head", "backbone", "image"}
-    assert {c.scope for c in CLAIMS} <= {"same claim", "analogue at 32 px", "not testable here"}
-    assert {c.id for c in CLAIMS if c.unit == "backbone"} == {"C1", "C4", "C5", "C6"}
-
-
 def test_the_page_states_each_claim_and_lists_changes():
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
             for line in PAGE.splitlines() if line.startswith(("| C", "| D"))]
@@ -35,6 +28,10 @@ def test_the_page_states_each_claim_and_lists_changes():
         assert cells[1].lower() == c.claim.rstrip(".").lower()
         assert cells[4:] == [str(c.margin), c.unit, c.scope, str(c.n_head or "–")]
     assert PAGE.splitlines()[2].startswith("Written before any result") and "## Changes" in PAGE
+    assert [c.id for c in CLAIMS] == [f"C{i}" for i in range(13)]
+    assert {c.id for c in CLAIMS if c.unit == "backbone"} == {"C1", "C4", "C5", "C6"}
+    assert {c.unit for c in CLAIMS} == {"head", "backbone", "image"}
+    assert {c.scope for c in CLAIMS} <= {"same claim", "analogue at 32 px", "not testable here"}
 
 
 @pytest.mark.parametrize(("differences", "margin", "verdict", "qualifier"), [
@@ -47,22 +44,13 @@ def test_the_page_states_each_claim_and_lists_changes():
     ([1.0, 2.9, 2.0], 2, "inconclusive", None),
     # 2.4469 / sqrt(7) = 0.925 < 1, and 2.5706 / sqrt(6) = 1.049 is not
     (NOISE + 1, 2, "inconclusive", "n = 7 would decide"),
+    (NOISE + 1.2, 1, "inconclusive", "n = 6 would decide"),  # above it: the lower end has to pass 0
     (NOISE, 0, "inconclusive", "no n up to 100,000 would decide"),
     ([5.0], 2, "not tested", "fewer than two paired differences"),
 ])
 def test_a_verdict_by_hand(differences, margin, verdict, qualifier):
     found = decide(differences, margin)
     assert found.verdict == verdict and qualifier in (None, found.qualifier)
-
-
-@pytest.mark.parametrize(("mean", "margin", "gap"), [
-    (1.0, 2, 1.0),  # below the margin: the upper end, 2.59, would have to pass under 2
-    (1.5, 1, 1.5)])  # above it: the lower end, -0.09, would have to pass over 0
-def test_inconclusive_names_the_smallest_n_that_would_decide(mean, margin, gap):
-    v = decide(NOISE + mean, margin)
-    half = [stats.t.ppf(0.975, n - 1) / math.sqrt(n) for n in (v.n_needed - 1, v.n_needed)]
-    assert half[1] < gap <= half[0]
-    assert (v.verdict, v.qualifier) == ("inconclusive", f"n = {v.n_needed} would decide")
 
 
 def test_a_verdict_carries_its_numbers_even_where_it_is_not_tested():
@@ -75,28 +63,29 @@ def test_a_verdict_carries_its_numbers_even_where_it_is_not_tested():
     assert (v.verdict, v.n) == ("not tested", 0) and math.isnan(v.mean) and math.isnan(v.p)
     v = decide(NOISE + 12, 10, unit="image", interval=(11.0, 13.0))  # a bootstrap's, say
     assert (v.verdict, v.low, v.high) == ("holds", 11.0, 13.0)
+    assert decide(NOISE + 1, 2).n_needed == 7
     assert decide(NOISE + 12, 10, interval=(-1.0, 13.0)).verdict == "inconclusive"
     v = decide_equivalence({k: NOISE for k in COMPARED_K if k != 15})
     assert (v.verdict, v.n) == ("not tested", 0) and "K = 15" in v.qualifier
 
 
 def test_nmi_or_ari_pointing_the_other_way_caps_a_verdict_and_one_pair_qualifies_it():
-    up, down, small = NOISE + 3, NOISE - 0.1, NOISE / 10 + 0.1
-    assert decide(up, 2, nmi=up, ari=up).verdict == "holds"
-    capped = decide(up, 2, nmi=down, ari=up)
-    assert (capped.verdict, capped.qualifier) == ("inconclusive", "NMI pointing the other way")
-    assert "NMI and ARI" in decide(up, 2, nmi=down, ari=down).qualifier
-    assert decide(-up, 2, nmi=-up, ari=-up).qualifier == "reversed"
-    assert decide(-up, 2, ari=up).verdict == "inconclusive"
-    # A gain below the margin is contradicted only by a metric that holds.
-    assert decide(small, 2, nmi=-small, ari=small).verdict == "does not hold"
-    assert decide(small, 2, nmi=up).verdict == "inconclusive"
-    # One pair of networks qualifies what is decided about backbones.
-    pair = "for this pair of networks"
-    assert decide(up, 2, unit="backbone").qualifier == pair
-    assert decide(-up, 2, unit="backbone").qualifier == f"reversed; {pair}"
-    assert decide(up, 2, unit="backbone", n_pretrain=4).qualifier == ""
-    assert decide(up, 2, unit="head", n_pretrain=1).qualifier == ""
+    up, down, small, pair = NOISE + 3, NOISE - 0.1, NOISE / 10 + 0.1, "for this pair of networks"
+    for differences, more, expected in (
+            (up, dict(nmi=up, ari=up), ("holds", "")),
+            (up, dict(nmi=down, ari=up), ("inconclusive", "NMI pointing the other way")),
+            (up, dict(nmi=down, ari=down), ("inconclusive", "NMI and ARI pointing the other way")),
+            (-up, dict(nmi=-up, ari=-up), ("does not hold", "reversed")),
+            (-up, dict(ari=up), ("inconclusive", "ARI pointing the other way")),
+            # A gain below the margin is contradicted only by a metric that holds.
+            (small, dict(nmi=-small, ari=small), ("does not hold", "")),
+            (small, dict(nmi=up), ("inconclusive", "NMI pointing the other way")),
+            (up, dict(unit="backbone"), ("holds", pair)),
+            (-up, dict(unit="backbone"), ("does not hold", f"reversed; {pair}")),
+            (up, dict(unit="backbone", n_pretrain=4), ("holds", "")),
+            (up, dict(unit="head", n_pretrain=1), ("holds", ""))):
+        found = decide(differences, 2, **more)
+        assert (found.verdict, found.qualifier) == expected, more
 
 
 @pytest.mark.parametrize(("differences", "more", "sentence"), [
@@ -119,7 +108,7 @@ def test_t_interval_is_that_of_a_paired_t_test_and_of_equal_differences_has_no_w
 
 
 @pytest.mark.parametrize(("differences", "p"), [
-    ([1, 2, 3], 2 / 8), ([-1, 2, 3], 4 / 8),  # |sum| >= 4: 6 and 4, and their negatives
+    ([-1, 2, 3], 4 / 8),  # |sum| >= 4: 6 and 4, and their negatives
     ([0.0, 0.0], 1), (np.ones(20), 2 / 2**20), (np.ones(60), 1 / 100_001),
     # Sums of 0 up to rounding, which no flip falls below: ties.
     (0.1 * np.tile([1, 2, 3, -6], 3), 1), (0.1 * np.tile([1, 2, 3, -6], 50), 1)])
@@ -187,12 +176,9 @@ def test_equivalence_by_hand(means, verdict, qualifier, numbers):
 
 def test_the_flips_of_many_pairs_are_drawn_once(tmp_path, monkeypatch):
     """A ledger decides every cell several times, and 100,000 flips of 10,000 pairs take seconds."""
-    def kept():
-        return {path: path.stat().st_mtime_ns for path in (tmp_path / "calls").glob("*.npz")}
-
     monkeypatch.setenv("TSP_CACHE", str(tmp_path))
     d = np.random.default_rng(0).standard_normal(40) + 0.3
-    first, at_first = decide(d, 1.0), kept()
-    assert len(at_first) == 1 and first.p == verdicts.sign_flip_p(d)
-    assert decide(d, 0.5).p == first.p and kept() == at_first
-    assert decide(d + 0.1, 1.0).p != first.p
+    first = decide(d, 1.0)
+    assert first.p == verdicts.sign_flip_p(d) != decide(d + 0.1, 1.0).p
+    monkeypatch.setattr(verdicts.stats, "monte_carlo_test", None)  # any draw would fail
+    assert decide(d, 0.5).p == first.p

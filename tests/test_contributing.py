@@ -36,8 +36,8 @@ for place, check in json.load(sys.stdin):
 
 
 def copy_to(place: Path) -> Path:
-    shutil.copytree(ROOT / "tsp_utils", place / "tsp_utils", ignore=lambda folder, names: {
-        "__pycache__", "bundled"} & set(names))
+    shutil.copytree(ROOT / "tsp_utils", place / "tsp_utils",
+                    ignore=shutil.ignore_patterns("__pycache__", "bundled"))
     os.symlink(ROOT / "tsp_utils" / "bundled", place / "tsp_utils" / "bundled")
     return place
 
@@ -62,7 +62,6 @@ def ended(tmp_path_factory) -> dict[str, tuple[Path, int, int, str]]:
 
 def test_every_kind_of_change_has_an_example():
     kinds = ("loss", "weighting", "backbone", "data set", "head", "claim", "figure", "cache")
-    assert len(EXAMPLES) == len(kinds)
     assert all(kind in title for kind, (title, *_) in zip(kinds, EXAMPLES, strict=True))
 
 

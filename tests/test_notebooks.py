@@ -7,16 +7,7 @@ import statistics
 
 import pytest
 import readings
-from readings import (
-    PATHS,
-    cells_of,
-    numbers_of,
-    problems_of,
-    retype,
-    sentences_of,
-    source_of,
-    too_long,
-)
+from readings import PATHS, cells_of, problems_of, retype, source_of
 
 MACHINE_PATH = re.compile(r"/(?:home|root|Users|tmp|work|mnt|opt|usr|private|var)/[\w.-]+"
                           r"|\b[A-Z]:\\+\w+|site-packages")
@@ -29,7 +20,7 @@ def tagged(cells: list[dict], tag: str) -> list[dict]:
 
 
 def stated(text: str) -> list[str]:
-    return [found[0] for found in numbers_of(text)]
+    return [found[0] for found in readings.numbers_of(text)]
 
 
 def test_the_notebooks_are_numbered_from_the_overview_on():
@@ -47,10 +38,10 @@ def test_its_cells_are_those_of_a_lesson(path):
     assert cells[0]["cell_type"] == "markdown" and first.startswith("# ")
     for word in ("Question", "Afterwards", "Needs", "Takes"):
         assert word in first, f"the first cell does not say {word}"
-    cells_of_lines = [source_of(cell).strip().splitlines() for cell in code]
-    lengths = [len(lines) for lines in cells_of_lines]  # 3 to 8, 20 at most: one question, one cell
+    lines = [source_of(cell).strip().splitlines() for cell in code]
+    lengths = [len(lines_of_one) for lines_of_one in lines]  # one question, one cell
     assert statistics.median(lengths) <= 8 and max(lengths) <= 20
-    assert [line for lines in cells_of_lines for line in lines if len(line) > 100] == []
+    assert [line for lines_of_one in lines for line in lines_of_one if len(line) > 100] == []
     (exercises,) = [cell for cell in cells if cell["cell_type"] == "markdown"
                     and re.search(r"^#+ Exercises", source_of(cell), re.M)]
     last = cells[cells.index(exercises) + 1:]  # questions, solutions and checks (test_student.py)
@@ -65,8 +56,7 @@ def test_the_file_is_small_holds_no_path_of_a_machine_and_is_laid_out_as_the_too
     assert json.dumps(json.loads(text), indent=1, ensure_ascii=False) + "\n" == text
     cells = json.dumps(cells_of(path), ensure_ascii=False)
     assert MACHINE_PATH.findall(re.sub(r'"image/png": "[^"]*"', "", cells)) == []  # base64
-    assert MACHINE_PATH.search("/".join(["", "home", "someone", "x"]))
-    assert not MACHINE_PATH.search("runs/offline/x")
+    assert MACHINE_PATH.findall("runs/offline/x, " + "/".join(["", "home", "me"])) == ["/home/me"]
 
 
 @each
@@ -97,8 +87,8 @@ def test_numbers_of_the_prose_stand_where_their_entries_say_and_each_decimal_has
 def test_sentences_are_short_and_carry_three_numbers_at_most(path):
     """As those of the pages; exercises are left out, whose numbers are settings."""
     sentences = [sentence for cell in cells_of(path, "markdown") if "-ex" not in cell["id"]
-                 for sentence in sentences_of(source_of(cell))]
-    assert len(sentences) > 20 and not [s for s in sentences if too_long(s)]
+                 for sentence in readings.sentences_of(source_of(cell))]
+    assert len(sentences) > 20 and not [s for s in sentences if readings.too_long(s)]
 
 
 def test_few_decimals_are_called_no_measurement():
@@ -151,9 +141,7 @@ def test_an_entry_that_is_wrong_is_said(i, old, new, said):
     (TEXT, [*ENTRIES[:5], ENTRIES[6]], "10,000 where the entries have 30.6"),
     (TEXT, ENTRIES[:-1], "30.6 where the entries have no more"),
     (TEXT, [*ENTRIES, "5 = K [K=5]"], "no more numbers where the entries have 5 = K"),
-    (TEXT + " And 7 more.", ENTRIES, "7 where the entries have no more"),
-    (TEXT.replace("34.1 and", "34.1, 12 and"), ENTRIES, "12 where the entries have 13.9"),
-])
+    (TEXT.replace("34.1 and", "34.1, 12 and"), ENTRIES, "12 where the entries have 13.9")])
 def test_a_text_and_entries_that_do_not_line_up_are_said_and_not_retyped(text, entries, said):
     cell = cell_of(text, entries)
     (problem,) = problems_of(cell, tables)
@@ -200,8 +188,7 @@ def test_new_figures_are_typed_into_text_and_entries():
         text = text.replace(f" {old}", f" {new}")
         expected.append((old, ENTRIES[i].replace(old, new)))
     assert retype(cell, by_stem) == expected
-    assert problems_of(cell, by_stem) == [] and retype(cell, by_stem) == []
-    assert source_of(cell) == text and cell["source"][0] == "# Sec. 4.2\n"
+    assert problems_of(cell, by_stem) == [] and source_of(cell) == text
     for old, value, like in (("+2.7", 0.04, "+0.0"), ("+2.7", -1, "-1.0"), ("−1.50", -2, "−2.00"),
                              ("5", 4.6, "5")):
         assert readings.typed_like(old, value) == like

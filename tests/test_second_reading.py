@@ -7,13 +7,7 @@ import pytest
 from tsp_utils import decide
 from tsp_utils.files.paths import shipped_records
 from tsp_utils.study.ledger import Evidence
-from tsp_utils.study.second_reading import (
-    COMPARED,
-    power_curves,
-    power_of,
-    reading,
-    second_reading,
-)
+from tsp_utils.study.second_reading import COMPARED, power_curves, power_of, reading, second_reading
 
 
 def cell(*acc, claim="C3", target="cifar10", **more) -> Evidence:
@@ -24,39 +18,35 @@ def cell(*acc, claim="C3", target="cifar10", **more) -> Evidence:
 # / 10. C3's margin is 2.
 @pytest.mark.parametrize("a, b, said", [
     (3.0, 3.5, "holds"), (1.0, 1.2, "right direction, below the margin"), (-1.0, -1.2, "reversed"),
-    (0.0, 0.5, "no effect"), (0.0, 20.0, "undecided"), (1.9, 2.2, "right direction, below the "
-                                                                  "margin"),
-    (1.7, 3.5, "undecided"), (-1.0, -9.0, "undecided")])
+    (0.0, 0.5, "no effect"), (0.0, 20.0, "undecided"), (1.7, 3.5, "undecided"),
+    (1.9, 2.2, "right direction, below the margin"), (-1.0, -9.0, "undecided")])
 def test_an_interval_and_a_margin_in_words(a, b, said):
     assert reading(cell(*[a] * 9, b)) == said
 
 
-def test_only_an_interval_on_the_other_side_caps():
-    up = [3.0] * 9 + [3.5]
-    down, unsure = [-1.0] * 9 + [-1.2], [-1.0] * 9 + [8.0]
-    assert reading(cell(*up, nmi=tuple(unsure), ari=tuple(unsure))) == "holds"
-    assert reading(cell(*up, nmi=tuple(unsure), ari=tuple(down))) == "undecided"
-    assert reading(cell(*down, nmi=tuple(up))) == "undecided"
-    assert reading(cell(*[0.0] * 9, 0.5, nmi=tuple(down))) == "no effect"
+UP, DOWN, UNSURE, NO_EFFECT = ((*[a] * 9, b) for a, b in (
+    (3.0, 3.5), (-1.0, -1.2), (-1.0, 8.0), (0.0, 0.5)))
+FALLS = (*[9.0] * 4, 9.5)
 
 
-def test_what_was_not_tested_stays_so_and_c7_asks_for_consistency_too():
-    assert reading(cell(3.0, 3.1, unmet="no network")) == reading(cell(3.0)) == "not tested"
-    falls = [9.0] * 4 + [9.5]
-    assert reading(cell(*falls, claim="C7", falls=(5.0, 5.0, 5.1))) == "holds"
-    assert reading(cell(*falls, claim="C7", falls=(0.0, 5.0, -5.0))) == "undecided"
+@pytest.mark.parametrize("acc, more, said", [
+    (UP, dict(nmi=UNSURE, ari=UNSURE), "holds"), (UP, dict(nmi=UNSURE, ari=DOWN), "undecided"),
+    (DOWN, dict(nmi=UP), "undecided"), (NO_EFFECT, dict(nmi=DOWN), "no effect"),
+    ((3.0, 3.1), dict(unmet="no network"), "not tested"), ((3.0,), {}, "not tested"),
+    (FALLS, dict(claim="C7", falls=(5.0, 5.0, 5.1)), "holds"),
+    (FALLS, dict(claim="C7", falls=(0.0, 5.0, -5.0)), "undecided")])
+def test_only_an_interval_on_the_other_side_caps_and_c7_asks_for_consistency_too(acc, more, said):
+    assert reading(cell(*acc, **more)) == said
 
 
 def test_power_is_where_a_claim_holds_from_there_on_under_both_laws():
-    curves = pd.DataFrame([("C3", law, x, share) for law, shares in {
-        "shift": (0.9, 0.1, 0.8, 1.0), "moved": (0.0, 0.0, 0.9, 0.95)}.items()
-        for x, share in zip((40, 50, 60, 70), shares, strict=True)],
-        columns=["claim", "law", "consistency", "share"])
-    assert power_of(curves) == {"C3": 60}
-    curves.loc[(curves["law"] == "shift") & (curves["consistency"] == 60), "share"] = 0.79
-    assert power_of(curves) == {"C3": 70}
-    curves.loc[(curves["law"] == "moved") & (curves["consistency"] == 70), "share"] = 0.79
-    assert np.isnan(power_of(curves)["C3"])
+    for shift, moved, power in (
+            ((0.9, 0.1, 0.8, 1.0), (0.0, 0.0, 0.9, 0.95), 60),
+            ((0.9, 0.1, 0.79, 1.0), (0.0, 0.0, 0.9, 0.95), 70),
+            ((0.9, 0.1, 0.79, 1.0), (0.0, 0.0, 0.9, 0.79), np.nan)):
+        curves = pd.DataFrame({"claim": "C3", "law": ["shift"] * 4 + ["moved"] * 4,
+                               "consistency": [40, 50, 60, 70] * 2, "share": [*shift, *moved]})
+        assert power_of(curves) == pytest.approx({"C3": power}, nan_ok=True)
 
 
 def test_the_curves_are_what_decide_says_of_the_same_draws(monkeypatch):
@@ -80,9 +70,9 @@ def test_what_features_are_too_poor_for_is_said_and_a_reversal_is_not_excused(mo
     monkeypatch.setattr("tsp_utils.study.second_reading.power_curves",
                         lambda: curves.assign(share=curves["share"].where(~poor, 0.5)))
     found = second_reading([
-        cell(*[0.0] * 9, 0.5), cell(*[-1.0] * 9, -1.2), cell(*[0.0] * 9, 0.5, claim="C11"),
-        cell(*[0.0] * 9, 0.5, target="nowhere"), cell(*[0.0] * 9, 0.5, target="fashion-mnist"),
-        cell(*[0.0] * 9, 0.5, claim="C12"), cell(*[3.0] * 9, 3.5)])
+        cell(*NO_EFFECT), cell(*DOWN), cell(*NO_EFFECT, claim="C11"),
+        cell(*NO_EFFECT, target="nowhere"), cell(*NO_EFFECT, target="fashion-mnist"),
+        cell(*NO_EFFECT, claim="C12"), cell(*UP)])
     assert set(COMPARED) == {"C3", "C8", "C10", "C12"}
     assert found["note"].tolist() == [
         "below its power", "", "", "", "", "holds on no rung", ""]
@@ -90,4 +80,4 @@ def test_what_features_are_too_poor_for_is_said_and_a_reversal_is_not_excused(mo
     assert found["consistency"][0] < found["power"][0] < found["consistency"][4]
     assert found["power"].isna().tolist() == [False, False, True, False, False, True, False]
     monkeypatch.setattr("tsp_utils.study.second_reading.power_curves", lambda: curves)
-    assert second_reading([cell(*[0.0] * 9, 0.5)])["note"].item() == ""  # every rung shows C3
+    assert second_reading([cell(*NO_EFFECT)])["note"].item() == ""  # every rung shows C3
