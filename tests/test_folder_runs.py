@@ -90,12 +90,8 @@ def test_results_are_written_together_or_not_at_all(photos, tmp_path, monkeypatc
     assert names(tmp_path / "new") == []
     write_together({tmp_path / "new" / "a": b"1", tmp_path / "new" / "b": b"2"})
     assert names(tmp_path / "new") == ["a", "b"] and (tmp_path / "new/b").read_bytes() == b"2"
-
-    def fails(found):
-        raise RuntimeError("no page")
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no page"):
-        patch.setattr("tsp_utils.folder.page.folder_page", fails)
+    with monkeypatch.context() as patch, pytest.raises(TypeError, match="not callable"):
+        patch.setattr("tsp_utils.folder.page.folder_page", "no page")
         cluster_folder(photos, 3)
     assert not (tmp_path / "clusters").exists()
     cluster_folder(photos, 3)  # nothing blocks the next run
@@ -165,34 +161,34 @@ def test_errors_name_the_options_that_were_typed(photos, tmp_path, arguments, se
     assert not (tmp_path / "clusters").exists()
 
 
+def meanwhile(monkeypatch, do):
+    """`do` is called while a run clusters."""
+    step = module.cluster_images
+    monkeypatch.setattr(module, "cluster_images", lambda *given, **settings: (
+        do() or step(*given, **settings)))
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_of_two_runs_into_one_folder_the_second_is_refused(photos, tmp_path, monkeypatch, force):
     (tmp_path / "link").symlink_to(tmp_path)
-    step, refused = module.cluster_images, []
+    refused = []
 
-    def meanwhile(*args, **kwargs):
+    def second():
         with pytest.raises(FileExistsError, match=r"Another run writes into .*: wait for it, or"):
             cluster_folder(photos, 4, out=tmp_path / "link" / "clusters" / "photos", force=force)
         refused.append(True)
-        return step(*args, **kwargs)
 
-    monkeypatch.setattr(module, "cluster_images", meanwhile)
+    meanwhile(monkeypatch, second)
     cluster_folder(photos, 3, force=force)
-    assert refused and names(tmp_path / "clusters") == BOTH
+    assert refused == [True] and names(tmp_path / "clusters") == BOTH
 
 
 def test_results_that_another_machine_wrote_meanwhile_are_kept(photos, tmp_path, monkeypatch):
-    step = module.cluster_images
-
-    def meanwhile(*args, **kwargs):
-        (tmp_path / "clusters" / "photos" / "clusters.csv").write_text("theirs")
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(module, "cluster_images", meanwhile)
+    theirs = tmp_path / "clusters" / "photos" / "clusters.csv"
+    meanwhile(monkeypatch, lambda: theirs.write_text("theirs") and None)
     with pytest.raises(FileExistsError, match="pass --force to replace it"):
         cluster_folder(photos, 3)
-    assert (tmp_path / "clusters" / "photos" / "clusters.csv").read_text() == "theirs"
-    assert names(tmp_path / "clusters") == ["clusters.csv"]
+    assert theirs.read_text() == "theirs" and names(tmp_path / "clusters") == ["clusters.csv"]
 
 
 @pytest.mark.parametrize("labels, clusters", [
