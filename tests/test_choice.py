@@ -14,10 +14,9 @@ from tsp_utils.folder.choice import SHIPPED, choose_backbone, usual_px
 from tsp_utils.networks import weights
 
 
-@pytest.fixture
-def at_hand(monkeypatch):
-    """Say which of the networks for photos can be had; returns the names that were asked for."""
-    asked, there = [], set()
+def choose(monkeypatch, px, there=()):
+    """What auto chooses and says, where `there` can be had; and the names that were asked for."""
+    asked = []
 
     def load(name):
         asked.append(name)
@@ -26,7 +25,7 @@ def at_hand(monkeypatch):
         return name
 
     monkeypatch.setattr(choice, "load_backbone", load)
-    return there, asked
+    return *choose_backbone("auto", px), asked
 
 
 @pytest.mark.parametrize("there, chosen, reason", [
@@ -34,14 +33,14 @@ def at_hand(monkeypatch):
     (["efficientnet_lite0"], "efficientnet_lite0", "WITH ImageNet's labels, since DINO"),
     ([], "invariant_patches", "sees 32 px of images that are about 120 px wide: DINO's"),
 ])
-def test_photos_get_the_first_network_that_can_be_had_and_a_reason(at_hand, there, chosen, reason):
-    at_hand[0].update(there)
-    name, (why,) = choose_backbone("auto", 120)
+def test_photos_get_the_first_network_that_can_be_had_and_a_reason(
+        monkeypatch, there, chosen, reason):
+    name, (why,), _ = choose(monkeypatch, 120, there)
     assert name == chosen and reason in why and why.endswith(".")
 
 
-def test_small_images_get_what_ships_and_nothing_is_asked_of_a_network(at_hand):
-    assert choose_backbone("auto", 64) == (SHIPPED, []) and at_hand[1] == [SHIPPED]
+def test_small_images_get_what_ships_and_nothing_is_asked_of_a_network(monkeypatch):
+    assert choose(monkeypatch, 64) == (SHIPPED, [], [SHIPPED])
 
 
 def test_a_name_is_obeyed_and_told_where_it_sees_little_of_photos():

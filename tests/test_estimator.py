@@ -40,11 +40,11 @@ def test_scikit_learns_own_checks_all_of_them():
 
 
 def test_the_best_head_alone_is_the_librarys_code():
+    alike = TSPClustering(1, keep="best", **QUICK).fit(X)  # one cluster: all heads have one loss
+    assert len(set(alike.losses_)) == 1 and alike.votes_.tolist() == [1]
     fitted = TSPClustering(4, keep="best", learning_rate=1e-4, **QUICK).fit(X)
     features = scale_features(X)
     assert fitted.votes_.tolist() == [1] and (fitted.stability_ == 1).all()
-    alike = TSPClustering(1, keep="best", **QUICK).fit(X)  # one cluster: all heads have one loss
-    assert len(set(alike.losses_)) == 1 and alike.votes_.tolist() == [1]
     logits = X @ fitted.coef_[0].T + fitted.intercept_[0]
     np.testing.assert_allclose(fitted.transform(X), log_softmax(logits, axis=1), atol=1e-9)
     seeds = np.random.RandomState(0).randint(2**31 - 1, size=3).tolist()
@@ -115,12 +115,11 @@ ROW[7] *= 1e8
 
 
 @pytest.mark.parametrize("x", [
-    *(factor * X for factor in (1e-150, 1e-30, 1e4, 1e18, 1e25, 1e37, 1e39, 1e300)),
+    *(factor * X for factor in (1e-150, 1e18, 1e39, 1e300)),
     np.float32(1e25) * X.astype(np.float32), np.hstack([X, 0 * CONSTANT])])
+@pytest.mark.filterwarnings("error")
 def test_features_of_any_size_give_the_clusters_of_the_unscaled_ones(fitted, x):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = TSPClustering(4, **QUICK).fit(x, np.array(list("abcd"))[CLASSES])  # labels: text
+    found = TSPClustering(4, **QUICK).fit(x, np.array(list("abcd"))[CLASSES])  # labels: text
     np.testing.assert_array_equal(found.labels_, fitted.labels_)
     np.testing.assert_array_equal(found.predict(x), found.labels_)
     lengths = np.linalg.norm(found.scale_ * x, axis=1)
@@ -143,20 +142,18 @@ def test_a_row_or_column_that_outweighs_the_rest_is_named(x, sentence):
 @pytest.mark.parametrize("x, sentence", [
     (np.hstack([X, 1e3 * CONSTANT]), "Column 8 of the features .* mean is 7e"),
     (np.hstack([X, 1e6 * np.arange(400)[:, None]]), "Column 8 .* holds 100.0 % of their variance")])
-@pytest.mark.filterwarnings("ignore:Collapse")
 def test_a_column_that_may_outweigh_the_rest_is_a_warning(x, sentence):
     with pytest.warns(UserWarning, match=sentence):
-        TSPClustering(4, **QUICK).fit(x)
+        check_weights(x)
 
 
+@pytest.mark.filterwarnings("error")
 def test_many_zero_rows_a_long_row_and_one_column_alone_are_ordinary():
     x = X.copy()
     x[:250] = 0
     x[399] *= 100
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_weights(x)
-        check_weights(X[:, :1])
+    check_weights(x)
+    check_weights(X[:, :1])
 
 
 def test_random_starts_on_few_float32_samples_lower_the_neighbours_with_a_warning():
@@ -171,7 +168,7 @@ def test_a_collapse_is_one_of_the_kept_head_when_it_is_finished_on_all_samples()
     moving, noise = [], np.random.default_rng
     for x, n, settings in [(X, 4, dict(entropy_weight=0.0, learning_rate=0.1)), *(
             (noise(seed).standard_normal((60, 5)), 20, dict(random_state=seed, learning_rate=1e-4))
-            for seed in range(12))]:
+            for seed in range(6))]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             fitted = TSPClustering(n, keep="best", **QUICK | settings).fit(x)
@@ -196,18 +193,14 @@ def test_a_collapse_is_one_of_the_kept_head_when_it_is_finished_on_all_samples()
         ("entropy_weight", np.nan, "pass 0 or more"),
         ("learning_rate", "fast", "pass a number, or auto"),
         ("learning_rate", -1e-4, "pass a number above 0")]),
-    ({}, np.zeros((50, 3)), "All features are 0"),
-    ({}, np.full((50, 3), np.nan), "NaN"),
     ({}, np.repeat(X[:2], 20, 0), "only 2 distinct feature vectors"),
     (dict(n_clusters=10), X[:8], "8 samples cannot make 10 clusters; pass at most 8"),
-    ({}, X[:1], "1 sample"),
     ({}, X[:3], "a minimum of 4 is required"),
     ({}, np.zeros((9, 8, 8, 3)), "TSPClustering takes features"),
     ({}, load_dataset("fashion-mnist"), "pass cached_features"),
     (dict(max_epochs=0, min_steps=0), X, "nothing is trained; pass"),
     (dict(n_clusters="auto"), X, r"n_clusters is 'auto', .* suggest_n_clusters\(X\)"),
     (dict(n_neighbors=2), X, "n_neighbors is 2, and Eq. 4"),
-    (dict(device="gpu"), X, "device 'gpu' is not there; pass auto, cpu"),
     (dict(device=None), X, "device 'None' is not there; pass auto, cpu"),
     (dict(keep="some"), X, "keep is 'some'; pass all or best"),
     (dict(init="zeros"), X, "pass k-means or random"),

@@ -8,6 +8,7 @@ import sys
 import warnings
 from itertools import permutations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -60,9 +61,13 @@ def test_files_that_go_or_change_are_left_out_or_named(tmp_path, monkeypatch, ca
 def test_a_file_that_changes_gives_no_vector_to_what_it_held(tmp_path, monkeypatch):
     photos = fill(tmp_path / "photos", 90)
     (photos / "twin.png").write_bytes((photos / "007.png").read_bytes())
-    paths, before, extract = find_images(photos), (photos / "007.png").read_bytes(), \
-        module.cached_features
-    wanted = cluster_images(photos, paths, 3, "patch_kmeans", 0).features
+    before, extract = (photos / "007.png").read_bytes(), module.cached_features
+
+    def clustered():
+        return cluster_images(photos, find_images(photos), 3, "patch_kmeans", 0)
+
+    wanted = clustered()
+    assert wanted.neighbors.indices.shape == (25, 20)
     monkeypatch.setenv("TSP_CACHE", str(tmp_path / "another"))
 
     def meanwhile(network, dataset):
@@ -71,13 +76,11 @@ def test_a_file_that_changes_gives_no_vector_to_what_it_held(tmp_path, monkeypat
         return extract(network, dataset)
 
     monkeypatch.setattr(module, "cached_features", meanwhile)
-    found = cluster_images(photos, paths, 3, "patch_kmeans", 0).features
-    expected = wanted[[0, *range(1, 7), 0, *range(8, 25)]]
-    np.testing.assert_allclose(found, expected, atol=1e-4)  # other batches
+    expected = wanted.features[[0, *range(1, 7), 0, *range(8, 25)]]
+    np.testing.assert_allclose(clustered().features, expected, atol=1e-4)  # other batches
     (photos / "007.png").write_bytes(before)
     monkeypatch.setattr(module, "cached_features", extract)
-    again = cluster_images(photos, paths, 3, "patch_kmeans", 0).features
-    np.testing.assert_allclose(again, wanted, atol=1e-4)
+    np.testing.assert_allclose(clustered().features, wanted.features, atol=1e-4)
 
 
 def test_results_are_written_together_or_not_at_all(photos, tmp_path, monkeypatch):
@@ -87,12 +90,8 @@ def test_results_are_written_together_or_not_at_all(photos, tmp_path, monkeypatc
     assert names(tmp_path / "new") == []
     write_together({tmp_path / "new" / "a": b"1", tmp_path / "new" / "b": b"2"})
     assert names(tmp_path / "new") == ["a", "b"] and (tmp_path / "new/b").read_bytes() == b"2"
-
-    def fails(found):
-        raise RuntimeError("no page")
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no page"):
-        patch.setattr("tsp_utils.folder.page.folder_page", fails)
+    with monkeypatch.context() as patch, pytest.raises(TypeError, match="not callable"):
+        patch.setattr("tsp_utils.folder.page.folder_page", "no page")
         cluster_folder(photos, 3)
     assert not (tmp_path / "clusters").exists()
     cluster_folder(photos, 3)  # nothing blocks the next run
@@ -152,77 +151,55 @@ def test_from_inside_the_folder_the_results_lie_beside_it(photos, tmp_path, monk
 
 @pytest.mark.parametrize("arguments, sentence", [
     ("--entropy-weight inf", "--entropy-weight is inf; pass 0 or more"),
-    ("--entropy-weight nan", "--entropy-weight is nan; pass 0 or more"),
     ("--entropy-weight 1e300", r"--entropy-weight is 1e\+300; pass 0 or more"),
     ("--n-neighbors 0", "--n-neighbors is 0; pass a whole number of at least 1"),
-    ("--n-neighbors 2", "--n-neighbors is 2, and Eq. 4"),
     ("--seed -1", "--seed is -1: pass a whole number from 0 to 4,294,967,295"),
-    (f"--seed {2**32}", "--seed is 4294967296: pass"), (f"--seed {10**30}", "--seed is 10*: pass"),
-    ("--n-clusters 25", "pass at most 24 as --n-clusters")])
+    (f"--seed {2**32}", "--seed is 4294967296: pass")])
 def test_errors_name_the_options_that_were_typed(photos, tmp_path, arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         command.main(["cluster", "photos", "--n-clusters", "3", *arguments.split()])
     assert not (tmp_path / "clusters").exists()
 
 
+def meanwhile(monkeypatch, do):
+    """`do` is called while a run clusters."""
+    step = module.cluster_images
+    monkeypatch.setattr(module, "cluster_images", lambda *given, **settings: (
+        do() or step(*given, **settings)))
+
+
 @pytest.mark.parametrize("force", [False, True])
 def test_of_two_runs_into_one_folder_the_second_is_refused(photos, tmp_path, monkeypatch, force):
     (tmp_path / "link").symlink_to(tmp_path)
-    step, refused = module.cluster_images, []
+    refused = []
 
-    def meanwhile(*args, **kwargs):
+    def second():
         with pytest.raises(FileExistsError, match=r"Another run writes into .*: wait for it, or"):
             cluster_folder(photos, 4, out=tmp_path / "link" / "clusters" / "photos", force=force)
         refused.append(True)
-        return step(*args, **kwargs)
 
-    monkeypatch.setattr(module, "cluster_images", meanwhile)
+    meanwhile(monkeypatch, second)
     cluster_folder(photos, 3, force=force)
-    assert refused and names(tmp_path / "clusters") == BOTH
+    assert refused == [True] and names(tmp_path / "clusters") == BOTH
 
 
 def test_results_that_another_machine_wrote_meanwhile_are_kept(photos, tmp_path, monkeypatch):
-    step = module.cluster_images
-
-    def meanwhile(*args, **kwargs):
-        (tmp_path / "clusters" / "photos" / "clusters.csv").write_text("theirs")
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(module, "cluster_images", meanwhile)
+    theirs = tmp_path / "clusters" / "photos" / "clusters.csv"
+    meanwhile(monkeypatch, lambda: theirs.write_text("theirs") and None)
     with pytest.raises(FileExistsError, match="pass --force to replace it"):
         cluster_folder(photos, 3)
-    assert (tmp_path / "clusters" / "photos" / "clusters.csv").read_text() == "theirs"
-    assert names(tmp_path / "clusters") == ["clusters.csv"]
+    assert theirs.read_text() == "theirs" and names(tmp_path / "clusters") == ["clusters.csv"]
 
 
-def test_the_page_tells_the_mean_probability_and_names_every_dot(photos):
-    out = cluster_folder(photos, 3)
-    page, table = (out / "report.html").read_text(), pd.read_csv(out / "clusters.csv")
-    assert f"image's cluster is {100 * table['probability'].mean():.0f} %" in page
-    for cluster, sure in table.groupby("cluster")["probability"]:
-        said = f"Cluster {cluster}: {len(sure)} images?, mean probability (\\d+) %"
-        assert int(re.search(said, page)[1]) == pytest.approx(100 * sure.mean(), abs=0.6)
-    titles = re.findall(r"<title>(\d): (.*?)</title></circle>", page)
-    assert sorted(titles) == sorted(zip(table["cluster"].astype(str), table["path"], strict=True))
-
-
-def test_the_ceiling_of_acc_is_what_the_best_of_all_clusterings_of_these_sizes_reaches(tmp_path):
-    for labels, clusters in (([0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 1, 1]), ([0] * 3 + [1] * 3,
-                                                                       [0, 0, 1, 1, 2, 3])):
-        found = type("Found", (), {"labels": np.array(labels), "clusters": np.array(clusters),
-                                   "classes": tuple("abcd"[:max(labels) + 1])})
-        best = 0.0
-        for other in set(permutations(clusters)):
-            found.clusters = np.array(other)
-            said = after_the_fact(found)
-            best = max(best, said["metrics"]["acc"])
-        assert said["ceiling"] == pytest.approx(best)
-    for i, image in enumerate(CLOTHES.images[:24]):
-        (tmp_path / "kinds" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image[..., 0]).save(tmp_path / "kinds" / "ab"[i % 2] / f"{i}.png")
-    for n, told in ((2, False), (4, True)):
-        page = (cluster_folder("kinds", n, force=True) / "report.html").read_text()
-        assert ("4 clusters for 2 classes leave some unmatched" in page) == told
+@pytest.mark.parametrize("labels, clusters", [
+    ([0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 1, 1]), ([0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 2, 3])])
+def test_the_ceiling_of_acc_is_what_the_best_of_all_clusterings_of_these_sizes_reaches(
+        labels, clusters):
+    found = SimpleNamespace(labels=np.array(labels), classes=tuple("abc"[:labels[-1] + 1]))
+    said = []
+    for found.clusters in map(np.array, set(permutations(clusters))):
+        said.append(after_the_fact(found))
+    assert said[0]["ceiling"] == pytest.approx(max(told["metrics"]["acc"] for told in said))
 
 
 @pytest.mark.parametrize("side", [28, 90])
@@ -239,12 +216,11 @@ def test_what_was_seen_once_is_not_seen_again(tmp_path, monkeypatch, side):
         cluster_images(folder, find_images(folder), 3, "patch_kmeans", 0)
         return sum(encoded), len(decoded) if side == 90 else 0
 
-    photos = fill(tmp_path / "photos", side)
+    photos, one = fill(tmp_path / "photos", side), side == 90  # the first is decoded for its size
     assert seen(photos)[0] == 24
-    one = side == 90  # the first is decoded for its size
     assert seen(photos) == (0, one)
-    assert seen(photos.rename(tmp_path / "moved")) == (0, one)
-    photos = tmp_path / "moved"
+    photos = photos.rename(tmp_path / "moved")
+    assert seen(photos) == (0, one)
     (photos / "000.png").rename(photos / "zzz.png")
     assert seen(photos) == (0, one)
     Image.fromarray(255 - CLOTHES.images[5, ..., 0]).resize((side, side)).save(photos / "more.png")
@@ -283,28 +259,34 @@ import re, sys, warnings
 warnings.filterwarnings("ignore", module="PIL")
 from pathlib import Path
 from tsp_utils.files.image_folders import ImageFiles
-image = ImageFiles(Path("."), [sys.argv[1]])[0]
-most = re.search("VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]  # kB
-print(*image.shape, int(most) / 1e6)
+for image in ImageFiles(Path("large"), sys.argv[1:]):
+    most = re.search("VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]  # kB
+    print(*image.shape, int(most) / 1e6)
 """
 
 
 @on_linux
-@pytest.mark.parametrize("name, mode", [("a.jpg", "RGB"), ("a.png", "RGBA"), ("a.tif", "I;16")])
-def test_a_large_image_is_read_in_11_bytes_a_pixel_and_looks_the_same(tmp_path, name, mode):
+def test_large_images_are_read_in_11_bytes_a_pixel_and_look_the_same(tmp_path):
     """As 144 megapixels in 1.5 GB, and the like."""
     step = np.add.outer(np.arange(6) * 20, np.arange(6) * 20).astype(np.uint8)
-    plain = Image.fromarray(step * np.uint16(256) if mode == "I;16" else step)
-    large = (plain if mode == "I;16" else plain.convert(mode)).resize((6_000, 6_000), 0)
-    large.save(tmp_path / name, **({"compress_level": 1} if mode == "RGBA" else {}))
-    done = subprocess.run([sys.executable, "-c", LARGE, name], cwd=tmp_path, text=True, check=True,
-                          capture_output=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
-    height, width, channels, used = map(float, done.stdout.split())
-    assert 1024 <= height == width <= 2048 and channels == 3 and used < 0.4 and not done.stderr
-    plain.resize((1500, 1500), 0).save(tmp_path / f"small{name[1:]}")
-    both = [load_backbone("patch_kmeans").prepare([load_dataset(tmp_path).images[i]])
-            for i in range(2)]
-    assert np.abs(np.asarray(both[0] - both[1])).max() < 0.05
+    plain = {"a.jpg": Image.fromarray(step).convert("RGB"), "b.tif": Image.fromarray(
+        step * np.uint16(256)), "c.png": Image.fromarray(step).convert("RGBA")}
+    for folder, side in (("large", 6_000), ("small", 1_500)):
+        (tmp_path / folder).mkdir()
+        for name, image in plain.items():
+            image.resize((side, side), 0).save(tmp_path / folder / name, compress_level=1)
+    done = subprocess.run([sys.executable, "-c", LARGE, *plain], cwd=tmp_path, text=True,
+                          check=True, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    for line in done.stdout.splitlines():
+        height, width, channels, used = map(float, line.split())
+        assert 1024 <= height == width <= 2048 and channels == 3 and used < 0.4
+    assert done.stdout.count("\n") == 3 and not done.stderr
+    network = load_backbone("patch_kmeans")
+    large, small = (load_dataset(tmp_path / folder).images for folder in ("large", "small"))
+    for i, name in enumerate(plain):
+        difference = network.prepare([large[i]]) - network.prepare([small[i]])
+        assert difference.abs().max() < 0.05, name
 
 
 def test_no_raw_warning_of_a_library_reaches_the_user(photos, capfd, monkeypatch):
@@ -316,7 +298,7 @@ def test_no_raw_warning_of_a_library_reaches_the_user(photos, capfd, monkeypatch
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         command.main(["cluster", "photos", "--n-clusters", "3"])
-    assert [str(w.message) for w in caught if "PIL" in w.filename] == []
+    assert not any("PIL" in warning.filename for warning in caught)
     assert "DecompressionBomb" not in capfd.readouterr().err
     page = html.unescape((Path("clusters") / "photos" / "report.html").read_text())
     assert "1 of 26 images are of one colour throughout (large.png)" in page

@@ -7,16 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from toys import CLOTHES
 
 import tsp_utils.__main__ as command
 from experiments import how_many as experiment
-from tsp_utils import (
-    cache,
-    load_study,
-    nearest_neighbors,
-    neighbor_weights,
-    scale_features,
-)
+from tsp_utils import cache, load_study, nearest_neighbors, neighbor_weights, scale_features
 from tsp_utils.files.paths import REPOSITORY, shipped_records
 from tsp_utils.folder import how_many
 from tsp_utils.folder.how_many import candidates_between, suggest_n_clusters
@@ -33,17 +28,16 @@ def here(own_folders, monkeypatch, tmp_path):
 
 
 def test_every_criterion_finds_four_blobs_and_a_seed_gives_them_again():
-    found = suggest_n_clusters(blobs(), range(2, 9), random_state=0)
+    found, again = (suggest_n_clusters(blobs(), range(2, 9), random_state=0) for _ in range(2))
     assert set(found.picks.values()) == {4} and list(found.table.index) == list(range(2, 9))
     assert found.table.loc[4, "stability"] == 1 and found.table["excess_loss"].idxmin() == 4
-    again = suggest_n_clusters(blobs(), range(2, 9), random_state=0)
     pd.testing.assert_frame_equal(found.table, again.table)
     rivals = experiment.rivals(found, experiment.finch(found.features), 0)
     assert {name for name, k in rivals.items() if k != 4} <= {"ward_cut"}  # UMAP pairs blobs
 
 
 def test_noise_has_no_strong_clusters():
-    found = suggest_n_clusters(blobs(distance=0.0), range(2, 6), random_state=0)
+    found = suggest_n_clusters(blobs(n=120, distance=0.0), range(2, 5), random_state=0)
     assert found.picks["prediction_strength"] == 1 and found.table["stability"].max() < 0.5
 
 
@@ -69,9 +63,8 @@ def test_excess_loss_is_eq_5_above_its_least_value_over_that_of_chance():
     assert how_many.excess_loss(chance, neighbors) == pytest.approx(1)
     p = np.random.default_rng(0).dirichlet(np.ones(3), 40)
     weights, mean = neighbor_weights(neighbors), p.mean(0)
-    consistency = -np.mean([sum(w * np.log(p[i] @ p[j]) for w, j in zip(
-        weights[i], neighbors.indices[i], strict=True)) for i in range(40)])
-    loss = consistency + 3 * (mean * np.log(mean)).sum()
+    agree = np.take_along_axis(np.log(p @ p.T), neighbors.indices, axis=1)
+    loss = 3 * (mean * np.log(mean)).sum() - (weights * agree).sum(1).mean()
     assert how_many.excess_loss(p, neighbors) == pytest.approx(
         (loss + 3 * np.log(3)) / np.log(3), rel=1e-6)
 
@@ -80,9 +73,8 @@ def test_eigengaps_are_those_of_the_whole_laplacian_also_where_the_graph_falls_a
     x = blobs(3, 120)
     neighbors = nearest_neighbors(x, 6)
     links = np.zeros((120, 120))
-    for i, others in enumerate(neighbors.indices):
-        links[i, others] += 0.5
-        links[others, i] += 0.5
+    np.put_along_axis(links, neighbors.indices, 1, axis=1)
+    links = (links + links.T) / 2
     scale = 1 / np.sqrt(links.sum(1))
     values = np.linalg.eigvalsh(np.eye(120) - scale[:, None] * links * scale)
     gaps = how_many.eigengaps(neighbors, [2, 3, 4, 10])
@@ -107,8 +99,8 @@ def test_ward_is_cut_where_two_merges_lie_farthest_apart():
 
 
 @pytest.mark.parametrize("low, high, ks", [
-    (2, 5, [2, 3, 4, 5]), (2, 30, [*range(2, 13), 14, 16, 18, 21, 24, 28, 30]), (5, 4, []),
-    (13, 14, [13, 14]), (7, 7, [7]), (1, 2, [1, 2]), (100, 130, [100, 112, 129, 130])])
+    (2, 30, [*range(2, 13), 14, 16, 18, 21, 24, 28, 30]), (5, 4, []), (13, 14, [13, 14]),
+    (1, 2, [1, 2]), (100, 130, [100, 112, 129, 130])])
 def test_few_candidates_are_all_tried_and_of_many_some_in_even_ratios(low, high, ks):
     assert candidates_between(low, high) == ks
 
@@ -122,8 +114,6 @@ X = blobs(n=60)
     (X, {"candidates": [5, 30]}, "to try are 5 to 30, and halves of 60 samples can make 2 to 29"),
     (X, {"candidates": []}, "to try are none"),
     (X, {"max_samples": 40, "candidates": [20]}, "halves of 40 samples can make 2 to 19"),
-    (np.ones((60, 4)), {}, "hold 1 distinct feature vectors, too few for 29 clusters"),
-    (np.zeros((60, 4)), {}, "All features are 0"),
     (np.repeat(X[:5], 12, 0), {}, "hold 5 distinct feature vectors, too few for 29 clusters"),
     (np.where(np.arange(60)[:, None] == 7, np.nan, X), {}, "the first in row 7"),
 ])
@@ -135,13 +125,9 @@ def test_bad_input_is_one_sentence(x, options, sentence):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Three kinds of grey stripes."""
     (tmp_path / "photos").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(60):
-        stripes = np.zeros((32, 32)) + 90 * (np.arange(32) // (1, 4, 16)[i % 3] % 2)
-        image = (stripes + rng.integers(0, 40, (32, 32))).astype(np.uint8)
-        Image.fromarray(image).save(tmp_path / "photos" / f"{i}.png")
+    for i, image in enumerate(CLOTHES.images[:40]):
+        Image.fromarray(image[..., 0]).save(tmp_path / "photos" / f"{i}.png")
     return tmp_path / "photos"
 
 
@@ -151,33 +137,32 @@ def run(*arguments) -> int:
 
 def test_the_command_writes_a_table_and_a_picture_and_prints(photos, capsys, tmp_path):
     before = {path: path.read_bytes() for path in photos.iterdir()}
-    assert run("--max-clusters", "6", "--backbone", "pixels") == 0
+    assert run("--max-clusters", "4", "--backbone", "pixels") == 0
     said = capsys.readouterr().out.splitlines()
     out = tmp_path / "clusters" / "photos"
     assert sorted(path.name for path in out.iterdir()) == ["how_many.csv", "how_many.png"]
     assert Image.open(out / "how_many.png").size[0] > 900
     table = pd.read_csv(out / "how_many.csv", index_col="n_clusters")
-    assert list(table.index) == [2, 3, 4, 5, 6] and set(how_many.WORTH) < set(table)
+    assert list(table.index) == [2, 3, 4] and set(how_many.WORTH) < set(table)
     assert len(said) == len(how_many.WORTH) + 3 and all(
         line.startswith(words) for line, words in zip(said, how_many.WORTH.values(), strict=False))
     assert {path: path.read_bytes() for path in photos.iterdir()} == before
     with pytest.raises(FileExistsError, match=r"how_many\.csv is there already: pass --force"):
-        run("--max-clusters", "6", "--backbone", "pixels")
-    assert run("--max-clusters", "5", "--backbone", "pixels", "--force") == 0
-    assert len(pd.read_csv(out / "how_many.csv")) == 4
+        run("--max-clusters", "4", "--backbone", "pixels")
+    assert run("--max-clusters", "3", "--backbone", "pixels", "--force") == 0
+    assert len(pd.read_csv(out / "how_many.csv")) == 2
 
 
-@pytest.mark.parametrize("arguments, error, sentence", [
-    (["--min-clusters", "1"], ValueError, "to try are 1 to 29, and halves of 60 samples"),
-    (["--max-clusters", "200"], ValueError, "to try are 2 to 200, and halves of 60 samples"),
-    (["--min-clusters", "9", "--max-clusters", "8"], ValueError, "to try are none"),
-    (["--out", "photos/in"], ValueError, "lies in the folder of the images"),
-    (["--backbone", "pixel"], ValueError, "the nearest one is 'pixels'")])
-def test_what_cannot_be_done_leaves_nothing(photos, tmp_path, arguments, error, sentence):
-    with pytest.raises(error, match=re.escape(sentence)) as told:
+@pytest.mark.parametrize("arguments, sentence", [
+    (["--min-clusters", "1"], "to try are 1 to 19, and halves of 40 samples"),
+    (["--max-clusters", "200"], "to try are 2 to 200, and halves of 40 samples"),
+    (["--out", "photos/in"], "lies in the folder of the images"),
+    (["--backbone", "pixel"], "the nearest one is 'pixels'")])
+def test_what_cannot_be_done_leaves_nothing(photos, tmp_path, arguments, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)) as told:
         run(*arguments)
     assert "\n" not in str(told.value) and not (tmp_path / "clusters").exists()
-    assert len(list(photos.iterdir())) == 60
+    assert len(list(photos.iterdir())) == 40
 
 
 def test_without_matplotlib_nothing_is_begun(photos, monkeypatch, tmp_path):
@@ -186,9 +171,6 @@ def test_without_matplotlib_nothing_is_begun(photos, monkeypatch, tmp_path):
     monkeypatch.setattr(how_many, "list_images", lambda folder: pytest.fail("work was begun"))
     with pytest.raises(ModuleNotFoundError, match="matplotlib"):
         run()
-
-
-# What was measured, and the page about it.
 
 
 def test_the_records_are_of_the_code_that_is_here_on_eight_cells_and_more():

@@ -28,41 +28,36 @@ def decoded(path) -> np.ndarray:
 
 def in_a_folder(folder, name, image, **options):
     folder.mkdir(parents=True)
-    image.save(folder / name, **options)
+    image.save(folder / name, **({"lossless": True} if name == "a.webp" else {}) | options)
     return decoded(folder / name)
 
 
 def transparent(kind: str, hidden: int):
     """An image whose ALPHA is 0 where a hidden colour lies, and what to pass to `save`."""
-    color, grey = SEEN.copy(), GREY.clip(50)
-    color[ALPHA == 0], grey[ALPHA == 0] = hidden, hidden
-    color[ALPHA > 0] = color[ALPHA > 0].clip(50)  # the hidden colour is nowhere else
-    if kind == "RGBA":
-        return Image.fromarray(np.dstack([color, ALPHA])), {}
-    if kind == "LA":
-        return Image.fromarray(np.dstack([grey, ALPHA])), {}
-    if kind == "RGB":
-        return Image.fromarray(color), {"transparency": (hidden,) * 3}
-    if kind == "I;16":
-        return Image.fromarray(grey.astype(np.uint16) << 8), {"transparency": hidden << 8}
+    color, grey = (np.where(clear, hidden, image.clip(50)).astype(np.uint8)  # hidden nowhere else
+                   for image, clear in ((SEEN, ALPHA[..., None] == 0), (GREY, ALPHA == 0)))
     if kind == "P":
         image = Image.fromarray(np.where(ALPHA > 0, grey, 3).astype(np.uint8)).convert("P")
-        palette = np.repeat(np.arange(256), 3).reshape(256, 3)
-        palette[3] = hidden
+        palette = np.repeat(np.arange(256), 3)
+        palette[9:12] = hidden  # number 3
         image.putpalette(palette.astype(np.uint8).tobytes())
         return image, {"transparency": 3}
-    return Image.fromarray(grey), {"transparency": hidden}
+    pixels, transparency = {
+        "RGBA": (np.dstack([color, ALPHA]), None), "LA": (np.dstack([grey, ALPHA]), None),
+        "RGB": (color, (hidden,) * 3), "L": (grey, hidden),
+        "I;16": (grey.astype(np.uint16) << 8, hidden << 8)}[kind]
+    return Image.fromarray(pixels), {} if transparency is None else {"transparency": transparency}
 
 
 @pytest.mark.parametrize("name, kind", [
     ("a.png", "RGBA"), ("a.tif", "RGBA"), ("a.webp", "RGBA"), ("a.png", "LA"), ("a.tif", "LA"),
     ("a.png", "P"), ("a.gif", "P"), ("a.png", "RGB"), ("a.png", "L"), ("a.png", "I;16")])
 def test_what_is_invisible_never_decides(tmp_path, name, kind):
-    lossless = {"lossless": True, "exact": True} if name == "a.webp" else {}
     found = []
     for hidden in (0, 40):
         image, options = transparent(kind, hidden)
-        found.append(in_a_folder(tmp_path / str(hidden), name, image, **options, **lossless))
+        options |= {"exact": True} if name == "a.webp" else {}
+        found.append(in_a_folder(tmp_path / str(hidden), name, image, **options))
     assert np.array_equal(*found) and (found[0][ALPHA == 0] == 128).all()
     wanted = SEEN.clip(50) if kind in ("RGBA", "RGB") else GREY.clip(50)[..., None]
     assert found[0].shape[2] == (3 if kind in ("RGBA", "RGB", "P") else 1)
@@ -118,8 +113,7 @@ FRACTIONS = FULL / np.float32(255)
     ("a.tif", np.zeros((40, 30), np.float32), np.zeros((40, 30))),
     ("a.tif", np.full((40, 30), np.nan, np.float32), np.full((40, 30), 128))])
 def test_many_bits_and_fractions_are_scaled_by_one_rule(tmp_path, name, stored, wanted):
-    if stored.dtype == np.float64:
-        stored = stored.astype(np.float32)
+    stored = stored.astype(np.float32) if stored.dtype == np.float64 else stored
     found = in_a_folder(tmp_path / "set", name, Image.fromarray(stored))
     assert found.shape == (40, 30, 1)
     assert np.abs(found[..., 0] - np.clip(wanted, 0, 255)).max() <= 1.01  # cut, not rounded
@@ -129,9 +123,9 @@ def test_many_bits_and_fractions_are_scaled_by_one_rule(tmp_path, name, stored, 
 def test_the_first_page_that_is_not_blank_is_taken(tmp_path, name, blank):
     cover, page = Image.new("L", (30, 40), blank), Image.fromarray(GREY)
     flipped = page.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    options = {"save_all": True} | ({"lossless": True} if name == "a.webp" else {})
     for i, pages in enumerate(([cover, page, flipped], [page, cover, flipped], [cover, cover])):
-        found = in_a_folder(tmp_path / str(i), name, pages[0], append_images=pages[1:], **options)
+        found = in_a_folder(tmp_path / str(i), name, pages[0], save_all=True,
+                            append_images=pages[1:])
         assert (found == (blank if i == 2 else GREY[..., None])).all()
 
 
@@ -144,26 +138,25 @@ def exif(*tags) -> bytes:
 
 TURN = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
 MAKE, GPS = 0x010F, 0x8825
-TAGS = {
-    "a Make of type RATIONAL": exif((MAKE, 5, 1, struct.pack("<I", 38)), TURN),
-    "a Make that lies behind the end": exif((MAKE, 2, 99, struct.pack("<I", 9999)), TURN),
-    "a Make of an unknown type": exif((MAKE, 77, 1, bytes(4)), TURN),
-    "GPS that leads nowhere": exif(TURN, (GPS, 4, 1, struct.pack("<I", 9999))),
-    "GPS that is no number": exif(TURN, (GPS, 2, 4, b"here")),
-    "an orientation of four bytes": exif((0x0112, 4, 1, struct.pack("<I", 6))),
-    "an orientation as a byte": exif((0x0112, 1, 1, b"\6\0\0\0")),
-    "an orientation as text": exif((0x0112, 2, 2, b"6\0\0\0")),
-    "an orientation twice": exif((0x0112, 3, 2, struct.pack("<HH", 6, 6))),
-}
 
 
-@pytest.mark.parametrize("tags", TAGS)
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
-def test_a_photo_is_turned_whatever_its_other_tags_are(tmp_path, tags, name):
-    image = Image.fromarray(np.tile(np.uint8([0, 255])[np.arange(32) // 16], (16, 1)))
-    turned = in_a_folder(tmp_path / "set", name, image, exif=TAGS[tags], quality=95)
-    assert turned.shape[:2] == (32, 16)
-    assert turned[:14].max() < 30 and turned[18:].min() > 225  # the right side comes below
+@pytest.mark.parametrize("tags", [
+    pytest.param(exif(*tags), id=what) for what, tags in {
+        "a Make of type RATIONAL": [(MAKE, 5, 1, struct.pack("<I", 38)), TURN],
+        "a Make that lies behind the end": [(MAKE, 2, 99, struct.pack("<I", 9999)), TURN],
+        "a Make of an unknown type": [(MAKE, 77, 1, bytes(4)), TURN],
+        "GPS that leads nowhere": [TURN, (GPS, 4, 1, struct.pack("<I", 9999))],
+        "GPS that is no number": [TURN, (GPS, 2, 4, b"here")],
+        "an orientation of four bytes": [(0x0112, 4, 1, struct.pack("<I", 6))],
+        "an orientation as a byte": [(0x0112, 1, 1, b"\6\0\0\0")],
+        "an orientation as text": [(0x0112, 2, 2, b"6\0\0\0")],
+        "an orientation twice": [(0x0112, 3, 2, struct.pack("<HH", 6, 6))]}.items()])
+def test_a_photo_is_turned_whatever_its_other_tags_are(tmp_path, tags):
+    for name in ("a.jpg", "a.png", "a.webp"):
+        image = Image.fromarray(np.tile(np.uint8([0, 255])[np.arange(32) // 16], (16, 1)))
+        turned = in_a_folder(tmp_path / name, name, image, exif=tags, quality=95)
+        assert turned.shape[:2] == (32, 16), name
+        assert turned[:14].max() < 30 and turned[18:].min() > 225  # the right side comes below
 
 
 @pytest.mark.parametrize("tags", [
@@ -174,17 +167,15 @@ def test_a_photo_whose_orientation_cannot_be_read_stays_as_it_is(tmp_path, tags)
     assert np.array_equal(image, SEEN)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_applied_once_in_every_format(tmp_path, orientation):
-    tag, found = Image.Exif(), []
-    tag[0x0112] = orientation
-    for name in ("a.png", "a.tif", "a.webp"):
-        options = {"lossless": True} if name == "a.webp" else {}
-        found.append(in_a_folder(tmp_path / name, name, Image.fromarray(SEEN), exif=tag, **options))
-    sideways = SEEN.transpose(1, 0, 2)
-    wanted = [SEEN, SEEN[:, ::-1], SEEN[::-1, ::-1], SEEN[::-1], sideways, sideways[:, ::-1],
-              sideways[::-1, ::-1], sideways[::-1]][orientation - 1]
-    assert all(np.array_equal(image, wanted) for image in found)
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp"])
+def test_every_orientation_is_applied_once_in_every_format(tmp_path, name):
+    sideways, tag = SEEN.transpose(1, 0, 2), Image.Exif()
+    for orientation, wanted in enumerate([
+            SEEN, SEEN[:, ::-1], SEEN[::-1, ::-1], SEEN[::-1], sideways, sideways[:, ::-1],
+            sideways[::-1, ::-1], sideways[::-1]], 1):
+        tag[0x0112] = orientation
+        found = in_a_folder(tmp_path / str(orientation), name, Image.fromarray(SEEN), exif=tag)
+        assert np.array_equal(found, wanted), orientation
 
 
 def packed(kind: str) -> bytes:
@@ -194,28 +185,27 @@ def packed(kind: str) -> bytes:
 
 
 def test_images_are_found_by_content_and_the_rest_is_counted_by_kind(tmp_path):
-    files = {"a.jfif": packed("JPEG"), "b.avif": packed("AVIF"), "no ending": packed("PNG"),
-             "c.PNG": packed("PNG"), "d.jp2": packed("JPEG2000"), "e.dat": packed("TIFF"),
-             "f.tga": packed("TGA"), "g.ico": packed("ICO"), "h.jpg.part 1": packed("JPEG"),
-             "text.png": b"a text, named as an image"}
+    images = {"a.jfif": "JPEG", "b.avif": "AVIF", "no ending": "PNG", "c.PNG": "PNG",
+              "d.jp2": "JPEG2000", "e.dat": "TIFF", "f.tga": "TGA", "g.ico": "ICO",
+              "h.jpg.part 1": "JPEG"}
     others = {"notes.txt": b"text", "more.TXT": b"P5 is a road", "README": b"",
               "IMG_1.HEIC": bytes(4) + b"ftypheic" + bytes(99), "raw.NEF": packed("TIFF"),
               "IMG_2.HEIC": struct.pack(">I", 24) + b"ftypmif1" + bytes(4) + b"mif1heic" + bytes(9),
               "film.mpg": b"\0\0\1\xb3" + bytes(99), "zeros.bin": bytes(9999),
               ".DS_Store": b"x", "._a.jpg": packed("JPEG"),
               "data.h5": b"\x89HDF\r\n\x1a\n" + bytes(99)}
-    for name, content in (files | others).items():
+    others |= {"text.png": b"a text, named as an image"}
+    for name, content in others.items() | {(name, packed(kind)) for name, kind in images.items()}:
         (tmp_path / name).write_bytes(content)
     (tmp_path / "gone").symlink_to("nowhere")
-    assert find_images(tmp_path) == sorted(files)
-    for name in files.keys() - {"text.png"}:
+    counted = Counter()
+    assert find_images(tmp_path, counted) == sorted([*images, "text.png"])
+    assert counted == {".txt": 2, ".heic": 2, ".nef": 1, ".mpg": 1, ".bin": 1, ".h5": 1,
+                       "hidden": 2, "without an ending": 2}
+    for name in images:
         (tmp_path / "one" / name).mkdir(parents=True)
         (tmp_path / name).rename(tmp_path / "one" / name / name)
         assert decoded(tmp_path / "one" / name / name).shape[2] == 3
-    counted = Counter()
-    find_images(tmp_path, counted)
-    assert counted == {".txt": 2, ".heic": 2, ".nef": 1, ".mpg": 1, ".bin": 1, ".h5": 1,
-                       "hidden": 2, "without an ending": 2}
 
 
 def test_an_image_too_large_to_read_is_named_whatever_its_ending(tmp_path, monkeypatch):
@@ -236,15 +226,13 @@ JUNK = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found", ".thumbs
 
 
 def test_junk_folders_are_left_out_and_counted_and_none_becomes_a_class(tmp_path):
-    places = [*JUNK, "cats", "dogs", "cats/@eaDir/0.png", "dogs/deep/.git", "dogs/Lost+Found"]
+    places = [*JUNK, "cats", "dogs", "cats/@eaDir/0.png", "dogs/deep/.git", "dogs/Lost+Found",
+              "lost+found/more"]
     for i, place in enumerate(places):
-        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
         Image.fromarray(SEEN + np.uint8(i)).save(tmp_path / place / "0.png")
-    (tmp_path / "lost+found" / "more").mkdir()
-    (tmp_path / "lost+found" / "more" / "file").touch()
-    dataset = load_dataset(tmp_path)
+    dataset, counted = load_dataset(tmp_path), Counter()
     assert dataset.paths == ("cats/0.png", "dogs/0.png") and dataset.classes == ("cats", "dogs")
-    counted = Counter()
     find_images(tmp_path, counted)
     assert counted == {f"in {name}": 1 for name in JUNK[:5]} | {
         "in @eaDir": 2, "in lost+found": 2, "in Lost+Found": 1, "in hidden folders": 2}
