@@ -234,8 +234,8 @@ def test_the_picture_and_the_film_are_of_one_run_and_small():
 
 
 def test_the_tables_of_stability_and_of_backbones_are_the_records():
-    """And what it says of them: votes agree at least as often, stable images are put alike."""
-    rows, good, split = shipped_records("stability"), [], []
+    """And what it says of them: votes agree more often but once, stable images are put alike."""
+    rows, good, split, gained = shipped_records("stability"), [], [], []
     assert [row["kind"] for row in rows] == ["tuned"] * 5 + ["fresh"] * 4
     for r in rows:
         best, votes = (np.mean(r[name]["four_fifths"]) for name in ("best", "all"))
@@ -245,11 +245,12 @@ def test_the_tables_of_stability_and_of_backbones_are_the_records():
         row = f"| {name} | {r['consistency']:.1f} | {best:.1f} | {votes:.1f} | {shares}"
         assert row in MEASURED
         split.append([100 * stable[0] / stable[1], 100 * others[0] / others[1]])
-        assert best < votes and stable[0] / stable[1] > max(0.9, others[0] / others[1])
+        assert stable[0] / stable[1] > max(0.9, others[0] / others[1])
+        gained.append(votes - best)
         assert abs(np.mean(r["all"]["acc"]) - np.mean(r["best"]["acc"])) < 2
         good += [votes] if r["consistency"] >= 60 else []
-    assert len(good) == 6 and sum(votes >= 90 for votes in good) == 5
-    assert f"Five of these six sets reach it, the last has {good[-1]:.2f}." in MEASURED
+    assert len(good) == 6 and min(good) >= 90 and "All six of these sets reach it." in MEASURED
+    assert min(gained[:-1]) > 0 and f"{-gained[-1]:.1f} points less often on the last" in MEASURED
     (least, lower), (most, upper) = np.min(split, 0), np.max(split, 0)
     assert f"put {least:.1f} to {most:.1f} % of the stable images alike" in GUIDE
     assert f"Of the others it was {lower:.1f} to {upper:.1f} %" in GUIDE

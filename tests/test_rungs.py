@@ -131,7 +131,7 @@ def test_the_page_of_the_budget_is_the_records_and_the_rule():
     real, control = (np.array(rows)[:, :4] for rows in summed.values())
     tenfolds, none = ([row[4] for row in rows].count(1e-3) for rows in summed.values())
     assert f"On {tenfolds} real rungs 1e-3 is taken" in page and none == 0
-    assert f"nowhere else, on {sum(alike)} of the {len(alike)} rungs" in page
+    assert f"says the same on {sum(alike)} of the {len(alike)} rungs" in page
     means, ahead = real.mean(0), (real > real[:, :1]).sum(0)
     assert f"| mean ACC | {' | '.join(f'{mean:.1f}' for mean in means)} |" in page
     assert f"above K-means | | {ahead[1]} | {ahead[2]} | {ahead[3]} |" in page
