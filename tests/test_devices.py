@@ -131,14 +131,15 @@ def test_neighbours_of_the_device_are_faisss(metric):
     same = there.indices == here.indices  # but for equals that float32 orders by its last digit
     assert same.mean() > 1 - 1e-4
     np.testing.assert_allclose(there.distances[same], here.distances[same], rtol=1e-5)
+    points = x.astype(np.float64)
+    if metric == "cosine":
+        points /= np.linalg.norm(points, axis=1, keepdims=True)
 
     def compared(found):  # what the search ordered by, in float64
-        points = x.astype(np.float64)
-        if metric == "cosine":
-            points /= np.linalg.norm(points, axis=1, keepdims=True)
+        near = points[found.indices]
         if metric == "euclidean":
-            return np.linalg.norm(points[:, None] - points[found.indices], axis=2)
-        return (points[:, None] * points[found.indices]).sum(2)
+            return np.linalg.norm(points[:, None] - near, axis=2)
+        return (points[:, None] * near).sum(2)
 
     np.testing.assert_allclose(compared(there), compared(here), rtol=1e-5, atol=1e-6)
 
@@ -192,20 +193,16 @@ def test_a_step_of_fine_tuning_brings_its_images_there_and_reads_nothing_back(ex
     assert more_waits(run, 20, 10) == {"to the device": 3 * (4 - 2)}  # and mean and std
 
 
-def dino_there(monkeypatch, recipe=TINY):
-    constant.cache_clear()
-    generator = torch.Generator
-    with monkeypatch.context() as patch:  # random numbers of the device are those of the CPU here
-        patch.setattr(torch, "Generator", lambda device="cpu": generator())
-        return Dino(IMAGES, recipe, device="sim")
-
-
 @pytest.mark.parametrize("recipe", [TINY, replace(TINY, head_norm=True)])
 def test_a_step_of_dino_waits_for_nothing_and_an_epoch_for_its_order(recipe, monkeypatch):
     here = Dino(IMAGES, recipe)
     expected = [float(here.step(0.3)) for _ in range(4)]
+    constant.cache_clear()
+    generator = torch.Generator
     with Device() as device:
-        run = dino_there(monkeypatch, recipe)
+        with monkeypatch.context() as patch:  # random numbers of the device are the CPU's here
+            patch.setattr(torch, "Generator", lambda device="cpu": generator())
+            run = Dino(IMAGES, recipe, device="sim")
         losses = [run.step(0.3)]
         device.waits.clear()  # constants of the crops, copied there once a process
         losses += [run.step(0.3)]
@@ -272,9 +269,8 @@ def test_two_processes_extract_their_shares_and_the_same_bytes_as_one(tmp_path):
         assert list(both.map(_extract, range(2), [tmp_path] * 2)) == [[86, 150, 20, 20], [64]]
     network = load_backbone("vit_pico_cpu", "cpu")
     (rows,) = (tmp_path / "two" / "features").glob("*.f32")
-    assert rows.stat().st_size == 170 * 64 * 4  # and nothing was made twice
     for n in (150, 20):
         alone, both = (features.cached_features(network, toy(n), folder, 32, progress=False)
                        for folder in (tmp_path / "one", rows.parent))
         assert both.tobytes() == alone.tobytes()
-    assert rows.stat().st_size == 170 * 64 * 4
+    assert rows.stat().st_size == 170 * 64 * 4  # and nothing was made twice

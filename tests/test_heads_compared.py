@@ -47,8 +47,7 @@ def shuffled(found):
 
 
 def test_consensus_is_the_majority_after_matching():
-    truth = np.array([0, 0, 1, 1, 2, 2])
-    renamed = np.array([2, 2, 0, 0, 1, 1])
+    truth, renamed = np.array([[0, 0, 1, 1, 2, 2], [2, 2, 0, 0, 1, 1]])
     elsewhere = np.array([1, 1, 2, 0, 0, 0])  # renamed, and one image in another cluster
     odd = np.array([0, 0, 1, 1, 2, 1])  # the reference, and one against two
     for clusters, expected in (((truth, renamed, elsewhere), truth),
@@ -72,22 +71,29 @@ def test_all_methods_run_and_a_seed_is_a_row(study):
         assert rows.loc[method, used].iloc[0].tolist() == best[used].tolist()
 
 
-def test_labels_shape_no_cluster(study, sets, trainings, tmp_path, monkeypatch):
-    found = []
-    for name, pair in (("true", sets), ("shuffled", map(shuffled, sets))):
-        monkeypatch.setenv("TSP_CACHE", str(tmp_path / name))  # else the second would be read back
-        found.append(run_head(FeaturesToCluster(study, *pair), "pica")["clusters"])
-        # Four trials; the seeds that the best one trained are heads already.
-        assert len(trainings) == 4 * len(found)
-    np.testing.assert_array_equal(*found)
+def test_training_depends_on_the_loss_not_on_labels_nor_on_what_is_scored(
+        study, sets, trainings, tmp_path, monkeypatch):
+    fit, score = sets
+    found = run_head(FeaturesToCluster(study, fit, score), "pica")["clusters"]
+    run_head(FeaturesToCluster(study, fit, replace(score, features=score.features[:50])), "pica")
+    # Four trials; the seeds that the best one trained are heads already.
+    assert len(trainings) == 4
+    with monkeypatch.context() as patched:
+        patched.setitem(RIVALS, "pica", replace(RIVALS["pica"], loss=RIVALS["iic"].loss))
+        run_head(FeaturesToCluster(study, fit, score), "pica")
+    assert len(trainings) == 8
+    monkeypatch.setenv("TSP_CACHE", str(tmp_path / "shuffled"))  # else it would be read back
+    again = run_head(FeaturesToCluster(study, *map(shuffled, sets)), "pica")["clusters"]
+    np.testing.assert_array_equal(again, found)
+    assert len(trainings) == 12
 
 
-def test_every_scaling_reaches_the_heads(study):
-    fit, score = study.fit_and_score("cifar10", "patch_kmeans")
-    for scaling in ("l2", "mean-norm", "raw"):
-        data = FeaturesToCluster(replace(study, scaling=scaling), fit, score)
-        np.testing.assert_allclose(data.fitted, scale_features(fit.features, scaling), rtol=1e-5)
-        np.testing.assert_allclose(data.scored, scale_features(score.features, scaling), rtol=1e-5)
+@pytest.mark.parametrize("scaling", ["l2", "mean-norm", "raw"])
+def test_every_scaling_reaches_the_heads(study, scaling):
+    sets = study.fit_and_score("cifar10", "patch_kmeans")
+    data = FeaturesToCluster(replace(study, scaling=scaling), *sets)
+    for found, given in zip((data.fitted, data.scored), sets, strict=True):
+        np.testing.assert_allclose(found, scale_features(given.features, scaling), rtol=1e-5)
 
 
 def test_a_method_that_cannot_run_stops_no_other_and_a_fault_is_not_hidden(study, monkeypatch):
@@ -107,20 +113,9 @@ def test_a_method_that_cannot_run_stops_no_other_and_a_fault_is_not_hidden(study
         compared(study, "scan", "k-means")
 
 
-def test_training_depends_on_the_loss_not_on_what_is_scored(study, sets, trainings, monkeypatch):
-    fit, score = sets
-    run_head(FeaturesToCluster(study, fit, score), "pica")
-    run_head(FeaturesToCluster(study, fit, replace(score, features=score.features[:50])), "pica")
-    assert len(trainings) == 4
-    monkeypatch.setitem(RIVALS, "pica", replace(RIVALS["pica"], loss=RIVALS["iic"].loss))
-    run_head(FeaturesToCluster(study, fit, score), "pica")
-    assert len(trainings) == 8
-
-
 def test_the_table_pairs_by_seed():
     shared = dict(dataset="d", backbone="b", protocol="all")
-    acc = {method: np.random.default_rng(i).normal(30, 1, 10)
-           for i, method in enumerate(("tsp", "scan"))}
+    acc = dict(zip(("tsp", "scan"), np.random.default_rng(0).normal(30, 1, (2, 10)), strict=True))
     rows = pd.DataFrame([dict(shared, method="gmm", not_run="too few")] + [
         dict(shared, method=method, seed=seed, acc=value, nmi=1.0, ari=1.0, n_used=10,
              learning_rate=1e-3, sharpness=1.0)
@@ -130,11 +125,12 @@ def test_the_table_pairs_by_seed():
     assert table.loc["scan", ["low", "high"]].tolist() == pytest.approx(list(interval))
     assert np.isnan(table.loc["tsp", "minus_tsp"]) and table.loc["gmm", "not_run"] == "too few"
     assert table.loc["scan", "acc_std"] == pytest.approx(acc["scan"].std(ddof=1))
-    probes = pd.DataFrame([dict(dataset="d", backbone="b", acc=50.0)])
-    lines = heads_markdown(heads_table(rows), probes)
+    lines = heads_markdown(heads_table(rows), pd.DataFrame([dict(dataset="d", backbone="b",
+                                                                 acc=50.0)]))
     tsp, scan = (f"{acc[m].mean():.1f} ± {acc[m].std(ddof=1):.1f}" for m in ("tsp", "scan"))
-    assert f"| tsp | {tsp} |" in lines and f"| scan | {scan} (=) |" in lines
-    assert "| gmm | not run |" in lines and "probe, with labels* | 50.00 |" in lines
+    for line in (f"| tsp | {tsp} |", f"| scan | {scan} (=) |", "| gmm | not run |",
+                 "probe, with labels* | 50.00 |"):
+        assert line in lines
 
 
 def test_tuning_sets_emptied_clusters_aside(study, sets, monkeypatch):

@@ -81,10 +81,10 @@ def test_crops_are_drawn_and_flipped_one_by_one_with_the_areas_asked_for():
 
 
 def test_colors_stay_in_range_and_differ_by_sample_and_views_are_view_major():
-    x = torch.from_numpy(IMAGES).permute(0, 3, 1, 2).float() / 255
-    y = random_colors(x[:1].expand(64, 3, 32, 32), torch.Generator().manual_seed(0), 0.5, 0.2)
+    x = torch.from_numpy(IMAGES[:1]).permute(0, 3, 1, 2).expand(64, 3, 32, 32) / 255
+    y = random_colors(x, torch.Generator().manual_seed(0), 0.5, 0.2)
     assert y.min() >= 0 and y.max() <= 1
-    assert y.flatten(1).unique(dim=0).shape[0] > 50
+    assert len(y.flatten(1).unique(dim=0)) > 50
     grey = (y - y.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-5
     assert 0.05 < grey.float().mean() < 0.4  # p 0.2
     groups = multi_crop(torch.zeros(5, 3, 32, 32, dtype=torch.uint8), TINY, torch.Generator())
@@ -95,21 +95,20 @@ def assert_same_weights(one, other):
     torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("head_norm", [False, True])
-def test_twenty_steps_equal_ten_and_a_stop_and_ten(tmp_path, head_norm):
-    recipe = replace(TINY, local_options=(("drop_path_rate", 0.2),), head_norm=head_norm)
+def test_eight_steps_equal_four_and_a_stop_and_four(tmp_path):
+    recipe = replace(TINY, local_options=(("drop_path_rate", 0.2),), head_norm=True)
 
     def run_to(steps, run):
         while run.step_count < steps:
-            run.step(run.step_count / 20)
+            run.step(run.step_count / 8)
         return run
 
-    straight = run_to(20, Dino(IMAGES, recipe, seed=3))
-    save_run(run_to(10, Dino(IMAGES, recipe, seed=3)), tmp_path / "run.pt")
+    straight = run_to(8, Dino(IMAGES, recipe, seed=3))
+    save_run(run_to(4, Dino(IMAGES, recipe, seed=3)), tmp_path / "run.pt")
     torch.manual_seed(99)  # whatever happened in between
     resumed = Dino(IMAGES, recipe, seed=3)
     load_run(resumed, tmp_path / "run.pt")
-    run_to(20, resumed)
+    run_to(8, resumed)
     assert_same_weights(straight.student, resumed.student)
     assert_same_weights(straight.teacher, resumed.teacher)
     assert torch.equal(straight.center, resumed.center)
@@ -198,9 +197,9 @@ def test_any_timm_network_trains_to_its_budget_and_looking_at_it_changes_nothing
     seen = []
     one, many = (pretrain_dino(IMAGES, recipe, budget_images=64, n_reports=n, callback=look)
                  for n, look in ((1, None), (4, lambda run, entry: seen.append(run.images_seen))))
-    assert one.step_count == 4 and one.images_seen == seen[-1] == 64 and len(seen) == 4
+    assert one.step_count == 4 and seen == [16, 32, 48, 64]
+    assert (len(one.log), len(many.log)) == (1, 4)
     assert all(math.isfinite(entry["loss"]) for entry in many.log)
-    assert len(many.log) > len(one.log)
     assert_same_weights(one.teacher, many.teacher)
     assert not many.teacher.head.last.weight.requires_grad
     lengths = many.student.head.last.weight.norm(dim=1)
@@ -225,19 +224,20 @@ def test_bad_input_is_refused(images, changed, budget, sentence):
         pretrain_dino(images, replace(TINY, **changed), budget_images=budget)
 
 
-@pytest.mark.parametrize(("changed", "sentence"), [
-    (dict(budget_images=640), "budget = "), (dict(seed=1), "seed = "),
-    (dict(images=255 - IMAGES), "images = "), (dict(dtype=torch.bfloat16), "dtype = "),
-    (dict(recipe=replace(TINY, bottleneck=8)), "bottleneck = '16' and this run has '8'")])
-def test_a_checkpoint_goes_on_only_with_what_it_was_made_with(tmp_path, changed, sentence):
-    made = dict(images=IMAGES, recipe=TINY, budget_images=320, checkpoint=tmp_path / "run.pt")
-    assert pretrain_dino(**made).images_seen == 320
-    before = made["checkpoint"].read_bytes()
-    with pytest.raises(ValueError, match=f"was made with {sentence}"):
-        pretrain_dino(**made | changed)
-    assert made["checkpoint"].read_bytes() == before
-    assert pretrain_dino(**made).step_count == 20  # finished, not trained again
-    made["checkpoint"].write_bytes(b"torn")
+def test_a_checkpoint_goes_on_only_with_what_it_was_made_with(tmp_path):
+    file = tmp_path / "run.pt"
+    made = dict(images=IMAGES, recipe=TINY, budget_images=64, checkpoint=file)
+    assert pretrain_dino(**made).images_seen == 64
+    before = file.read_bytes()
+    for changed, sentence in (
+            (dict(budget_images=640), "budget = "), (dict(seed=1), "seed = "),
+            (dict(images=255 - IMAGES), "images = "), (dict(dtype=torch.bfloat16), "dtype = "),
+            (dict(recipe=replace(TINY, bottleneck=8)), "bottleneck = '16' and this run has '8'")):
+        with pytest.raises(ValueError, match=f"was made with {sentence}"):
+            pretrain_dino(**made | changed)
+    assert file.read_bytes() == before
+    pretrain_dino(**made, callback=lambda *_: pytest.fail("trained again"))
+    file.write_bytes(b"torn")
     with pytest.raises(ValueError, match="not a checkpoint of this trainer"):
         pretrain_dino(**made)
 
@@ -245,9 +245,7 @@ def test_a_checkpoint_goes_on_only_with_what_it_was_made_with(tmp_path, changed,
 def test_a_full_disk_or_divergence_harms_no_checkpoint(tmp_path, monkeypatch):
     path, run = tmp_path / "run.pt", Dino(IMAGES, TINY)
     save_run(run, path)
-    before = path.read_bytes()
-
-    save, written = torch.save, []
+    before, save, written = path.read_bytes(), torch.save, []
 
     def full(block):  # the system's error, which torch.save covers with one of its own
         written.append(len(block))
@@ -260,7 +258,6 @@ def test_a_full_disk_or_divergence_harms_no_checkpoint(tmp_path, monkeypatch):
         patched.setattr(torch, "save", lambda state, _: save(state, SimpleNamespace(
             write=full, flush=lambda: None)))
         save_run(run, path)
-    assert sum(written) > 10_000
     next(run.student.parameters()).data[0] = math.nan
     with pytest.raises(RuntimeError, match="run diverged: after 0 images"):
         save_run(run, path)

@@ -1,6 +1,5 @@
 """The lesson, its pictures and rehearsal, and the command that scores a student's loss."""
 
-import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -8,12 +7,15 @@ from xml.etree import ElementTree
 import hero
 import make_slides
 import matplotlib
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import rehearse
 import score_loss
-from readings import ROOT, problems_of
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from readings import ROOT, cells_of, problems_of, source_of
+from toys import CLOTHES
 
 import tsp_utils as tsp
 from tsp_utils.study import head_comparison
@@ -35,20 +37,19 @@ def row_of(name: str, **where) -> dict:
 
 
 def test_the_picture_and_the_frames_are_drawn_from_what_a_head_predicts():
-    images = tsp.load_dataset("fashion-mnist", "test").subset(slice(0, 60))
     rng = np.random.default_rng(0)
     points, p = rng.random((60, 2)), rng.dirichlet(np.ones(10), (3, 60))
     p[-1] = np.eye(10)[np.arange(60) % 10]  # every cluster has members in the end
     curve = pd.DataFrame({"epoch": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "acc": [10.0, 20.0, 71.0]})
     neighbors = tsp.nearest_neighbors(rng.random((60, 8), np.float32), 20)
-    found = {"images": images, "points": points, "probabilities": p, "curve": curve,
+    found = {"images": CLOTHES, "points": points, "probabilities": p, "curve": curve,
              "neighbors": neighbors, "weights": tsp.neighbor_weights(neighbors)}
     drawn = ElementTree.fromstring(hero.hero_svg(found))
     texts = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
     assert any(text.startswith("71 % of 2,000") for text in texts)
     assert sum("%" in text for text in texts) == 1 + 7 + 10  # in all, neighbours, clusters
     frames = [np.asarray(frame) for frame in hero.animation(found)]
-    assert len(frames) == 3 and all(frame.shape == (380, 700, 3) for frame in frames)
+    assert [frame.shape for frame in frames] == [(380, 700, 3)] * 3
     assert (frames[0] != frames[-1]).any()
     kept = hero.apart(points, 60, 0.1, first=[5])
     gaps = np.abs(points[kept][:, None] - points[kept]).max(2) + np.eye(len(kept))
@@ -59,15 +60,16 @@ def test_the_plan_is_the_page_s_and_its_cells_are_there():
     said = re.findall(r"^\| \[(.+?)\]\(#.+?\) \| (\d+) \| .+? \| (\d) \|$", LESSON_PAGE, re.M)
     plan = [(block.title, str(block.minutes), str(block.questions)) for block in rehearse.LESSON]
     assert said == plan and sum(block.minutes for block in rehearse.LESSON) == 120
-    blocks = rehearse.cells_of_blocks(rehearse.LESSON, ROOT / "notebooks")
-    assert all(cells or not block.notebook for block, cells in blocks)
-    for title in (block.title for block in rehearse.LESSON):  # each says all five things
+    for block, cells in rehearse.cells_of_blocks(rehearse.LESSON, ROOT / "notebooks"):
+        assert cells or not block.notebook
+        title = block.title  # each says all five things
         text = re.split(rf"^### {title}$", LESSON_PAGE, flags=re.M | re.I)[1].split("\n##")[0]
         for part in ("Said", "Run", "Asked first", "Misconception", "They got it"):
             assert f"**{part}" in text or title == "wrap-up", (title, part)
         asked = re.search(r"\*\*Asked first\.\*\*(.*?)\n- ", text, re.S)
-        assert not asked or asked[1].count("?") == dict(
-            (block.title, block.questions) for block in rehearse.LESSON)[title], title
+        assert not asked or asked[1].count("?") == block.questions, title
+    shorter = LESSON_PAGE.split("## 50 minutes")[1].split("## ")[0]
+    assert sum(map(int, re.findall(r"^\| (\d+) \|", shorter, re.M))) == 50
 
 
 def test_the_rehearsal_that_was_measured_is_on_the_page_and_left_slack():
@@ -80,22 +82,16 @@ def test_the_rehearsal_that_was_measured_is_on_the_page_and_left_slack():
     assert min(t.slack for t in took) >= rehearse.SLACK
 
 
-def test_other_lessons_add_up():
-    table = LESSON_PAGE.split("## 50 minutes")[1].split("## ")[0]
-    assert sum(map(int, re.findall(r"^\| (\d+) \|", table, re.M))) == 50
-
-
 def test_twenty_slides_show_one_thing_each_and_their_numbers_are_those_of_the_figures():
     page = (DOCS / "slides.md").read_text(encoding="utf-8")
     slides = make_slides.slides_of(page)
     assert len(slides) == 20 and {slide.kind for slide in slides} == set(make_slides.SHOWN)
+    said = {}
     for slide in slides:
         assert len(f"{slide.title} {slide.parts.get('asked', '')}".split()) <= 30, slide.title
         assert re.match(r"\*\*(Said|Asked)\.\*\* \w", slide.notes), slide.title
-    said = {slide.block.lower(): "" for slide in slides}
+        said[slide.block.lower()] = said.get(slide.block.lower(), "") + slide.notes
     assert list(said) == [block.title.lower() for block in rehearse.LESSON]
-    for slide in slides:
-        said[slide.block.lower()] += slide.notes
     for block, notes in said.items():
         assert "**Asked.**" in notes, block
         assert "**Misconception" in notes or block == "wrap-up", block
@@ -120,11 +116,9 @@ def test_the_slides_are_one_file_that_loads_nothing():
 
 
 def notebook(folder: Path, *sources: str) -> Path:
-    cells = [{"cell_type": "markdown", "id": "words", "metadata": {}, "source": "one two three"}]
-    cells += [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": source,
-               "outputs": [], "execution_count": None} for i, source in enumerate(sources)]
-    (folder / "lesson.ipynb").write_text(json.dumps(
-        {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    cells = [new_markdown_cell("one two three")]
+    cells += [new_code_cell(source, id=f"c{i}") for i, source in enumerate(sources)]
+    nbformat.write(new_notebook(cells=cells), folder / "lesson.ipynb")
     return folder
 
 
@@ -177,9 +171,8 @@ def test_ten_questions_are_answered_each_from_a_section_that_is_there():
                        r"(?= \d+\. \*\*|$)", text)
     assert [int(number) for number, *_ in asked] == list(range(1, 11))
     for _, question, path, section, answer in asked:
-        cells = json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]
-        titles = re.findall(r"^## (.+)$", "\n".join("".join(c["source"]) for c in cells), re.M)
-        assert section in titles, (question, section)
+        sources = "\n".join(map(source_of, cells_of(ROOT / path)))
+        assert f"## {section}" in sources.splitlines(), (question, section)
         assert 8 < len(answer.split()) < 60
 
 
@@ -212,8 +205,7 @@ def test_a_loss_of_one_s_own_is_scored_beside_others():
 
 
 def test_a_loss_that_was_edited_is_trained_again(tmp_path):
-    path = tmp_path / "edited_loss.py"
-    keys = set()
+    path, keys = tmp_path / "edited_loss.py", set()
     for weight in (1, 2):
         path.write_text(f"def loss(a, b, step):\n    return (a * b).mean((1, 2)) * {weight}\n")
         keys.add(tsp.cache.code_of(score_loss.read_loss(path).loss))
@@ -237,4 +229,4 @@ def test_a_loss_that_cannot_be_scored_is_told_in_one_sentence(name, text, said, 
         path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(said)) as told:
         score_loss.read_loss(path)
-    assert str(told.value).count("\n") == 0
+    assert "\n" not in str(told.value)
