@@ -21,6 +21,11 @@ X[-TWINS:] = X[0]
 X = X.astype(np.float32)
 
 
+def in_common(exact, found) -> float:
+    """The mean share of the neighbours [N, K] of one search that the other has, too."""
+    return np.mean([np.isin(*pair).mean() for pair in zip(exact, found, strict=True)])
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_nearly_all_neighbours_are_found_at_their_exact_distances(metric, caplog):
     caplog.set_level(logging.INFO, "tsp_utils")
@@ -29,9 +34,7 @@ def test_nearly_all_neighbours_are_found_at_their_exact_distances(metric, caplog
     assert ("lists each" in caplog.text) == (metric != "inner")  # which no lists serve
     assert found.indices.shape == (N, 10) and found.metric == metric
     assert found.indices.min() >= 0 and (found.indices != np.arange(N)[:, None]).all()
-    shared = [np.isin(*pair).mean() for pair in zip(exact.indices[:-TWINS], found.indices[:-TWINS],
-                                                    strict=True)]  # of twins any will do
-    assert np.mean(shared) > 0.985
+    assert in_common(exact.indices[:-TWINS], found.indices[:-TWINS]) > 0.985  # of twins any will do
     same = exact.indices == found.indices
     np.testing.assert_allclose(found.distances[same], exact.distances[same], rtol=1e-4, atol=1e-6)
     if metric != "inner":
@@ -49,17 +52,14 @@ def test_rows_whose_lists_hold_too_few_are_searched_among_all(monkeypatch):
     monkeypatch.setattr(faiss.IndexIVFFlat, "search", poor)
     found = find_neighbors(X, 10, search="approximate").indices
     rows = [row for at in range(0, N, 4096) for row in range(at, min(at + 4096, N - TWINS), 100)]
-    shared = [np.isin(*pair).mean() for pair in zip(exact.indices[rows], found[rows], strict=True)]
-    assert found.min() >= 0 and np.mean(shared) > 0.999
+    assert found.min() >= 0 and in_common(exact.indices[rows], found[rows]) > 0.999
 
 
-@pytest.mark.parametrize("scale", [1e25, 1e-25])
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("metric, scale", [("cosine", 1e25), ("euclidean", 1e-25)])
 def test_huge_and_tiny_features_have_the_same_neighbours(metric, scale):
     usual, found = (find_neighbors(x, 10, metric, search="approximate")
                     for x in (X[:-TWINS], X[:-TWINS].astype(float) * scale))
-    shared = [np.isin(*pair).mean() for pair in zip(usual.indices, found.indices, strict=True)]
-    assert np.mean(shared) > 0.98
+    assert in_common(usual.indices, found.indices) > 0.98
     of = scale if metric == "euclidean" else 1
     np.testing.assert_allclose(np.median(found.distances), of * np.median(usual.distances),
                                rtol=1e-3)
@@ -74,17 +74,13 @@ def test_many_samples_at_equal_distances_are_served_by_lists(caplog):
     assert (found.distances[:500] <= exact + 1e-5).mean() > 0.97
 
 
-@pytest.mark.parametrize("ask", [
-    lambda search: find_neighbors(X[:, :0], 10, search=search),
-    lambda search: find_neighbors(X[:, 0], 10, search=search),
-    lambda search: find_neighbors(X, 10.5, search=search),
-    lambda search: find_neighbors(X, N, search=search),
-    lambda search: find_neighbors(np.where(X[5] == X, np.nan, X), 10, search=search)])
-def test_what_the_exact_search_refuses_is_refused_alike(ask):
+@pytest.mark.parametrize("x, k", [
+    (X[:, :0], 10), (X[:, 0], 10), (X, 10.5), (X, N), (np.where(X[5] == X, np.nan, X), 10)])
+def test_what_the_exact_search_refuses_is_refused_alike(x, k):
     said = []
     for search in ("exact", "approximate"):
         with pytest.raises(ValueError) as refused:
-            ask(search)
+            find_neighbors(x, k, search=search)
         said.append(str(refused.value))
     assert said[0] == said[1]
 

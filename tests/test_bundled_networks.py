@@ -29,7 +29,6 @@ from tsp_utils.study.feature_sets import load_vectors
 
 each = pytest.mark.parametrize("name", PRETRAINED)
 OF_PATCHES = {"patch_kmeans": 2_000_000, "invariant_patches": 3_600_000}  # most bytes
-with_the_dictionaries = pytest.mark.parametrize("name", [*OF_PATCHES, *PRETRAINED])
 random_images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), np.uint8)
 
 
@@ -47,27 +46,24 @@ def checked_card(path, n_figures) -> dict:
     return written
 
 
-@with_the_dictionaries
+@pytest.mark.parametrize("name", [*OF_PATCHES, *PRETRAINED])
 def test_the_file_is_small_and_the_one_on_its_card(name):
     path = bundled_dir() / f"{name}.safetensors"
     checked_card(path, n_figures=2 if name in (*OF_PATCHES, "resnet_contrast_cifar10") else 3)
     assert path.stat().st_size < OF_PATCHES.get(name, 16_000_000)
     network = load_backbone(name, device="cpu")
     assert network(random_images[:2]).shape == (2, network.spec.dim)
-    if name == "patch_kmeans":
-        written = model_card(name)
-        assert network.model.atoms.shape == (written["atoms"], 108)
-        assert network.spec.dim == written["dim"]
-        assert written["knn"]["cifar10, train to test"] >= 64
 
 
-def test_the_projection_that_ships_has_the_settings_of_its_card_and_a_figure_that_serves():
-    written = model_card("invariant_patches")
-    network = load_backbone("invariant_patches", device="cpu")
+def test_the_dictionaries_that_ship_have_the_settings_of_their_cards_and_figures_that_serve():
+    for name, knn in (("patch_kmeans", 64), ("invariant_patches", 71)):
+        written, network = model_card(name), load_backbone(name, device="cpu")
+        assert network.spec.dim == network.model.axes.shape[1] == written["dim"]
+        assert written["knn"]["cifar10, train to test"] >= knn
+        if name == "patch_kmeans":
+            assert network.model.atoms.shape == (written["atoms"], 108)
     assert network.model.sizes == written["sizes"]
     assert network.model.filters_8.shape == (written["atoms"], 192)
-    assert network.model.axes.shape == (9 * 2 * written["atoms"], written["dim"])
-    assert written["knn"]["cifar10, train to test"] >= 71
     assert sum(written["seconds"].values()) <= 60 * written["minutes"] + 6
 
 
@@ -83,8 +79,7 @@ def test_the_card_is_of_the_arm_in_the_table(name):
 
 
 def test_what_ships_stays_small():
-    sizes = [path.stat().st_size for path in bundled_dir().rglob("*.safetensors")]
-    assert sum(sizes) < 65_000_000
+    assert sum(path.stat().st_size for path in bundled_dir().rglob("*.safetensors")) < 65_000_000
 
 
 def test_fashion_mnist_figures_of_the_cards():
@@ -169,25 +164,24 @@ def test_the_page_of_the_search_is_its_record():
 def test_the_trials_by_contrast_are_their_record():
     page = " ".join((REPOSITORY / "docs" / "pretraining.md").read_text().split())
     record = json.loads((REPOSITORY / "docs" / "contrast.json").read_text())
-    said = [f"| {t['setting']} | {t['knn']:.2f} |" for t in record["short_runs"]]
-    said.append(f"({record['images of a short run']:,} images each")
     other, spread = record["temperature 0.4"], record["deviation of lengths over mean"]
-    means = [f"{np.mean(acc):.1f} +- {np.std(acc, ddof=1):.1f}"
-             for acc in (other["k-means"], other["head"])]
-    said += [f"for {other['log'][-1]['images_seen']:,} images",
+    kmeans, heads = (f"{np.mean(acc):.1f} +- {np.std(acc, ddof=1):.1f}"
+                     for acc in (other["k-means"], other["head"]))
+    said = [f"| {t['setting']} | {t['knn']:.2f} |" for t in record["short_runs"]]
+    said += [f"({record['images of a short run']:,} images each",
+             f"for {other['log'][-1]['images_seen']:,} images",
              f"at {other['log'][-1]['knn_tinyimagenet_val']:.2f} on Tiny-ImageNet",
-             f"a consistency of {other['consistency@20']:.1f}, K-means {means[0]} and heads "
-             f"{means[1]}", f"{spread['resnet_contrast_cifar10_4k']:.2f} of their mean"]
+             f"a consistency of {other['consistency@20']:.1f}, K-means {kmeans} and heads {heads}",
+             f"{spread['resnet_contrast_cifar10_4k']:.2f} of their mean"]
     assert len(record["short_runs"]) == 5 and [words for words in said if words not in page] == []
     best = max(record["short_runs"], key=lambda trial: trial["knn"])
     assert best["setting"] == f"temperature {ARMS['resnet_contrast'].recipe.temperature}"
 
 
-@pytest.mark.parametrize("name", VECTOR_BACKBONES)
-def test_vectors_of_c5_are_fifty_images_of_each_class_fixed_beforehand(name):
-    found = load_vectors("tinyimagenet32", name, "val")
-    assert sorted(set(found.labels)) == list(C5_CLASSES)
-    assert (np.bincount(found.labels)[list(C5_CLASSES)] == 50).all()
+def test_vectors_of_c5_are_fifty_images_of_each_class_fixed_beforehand():
+    for name in VECTOR_BACKBONES:
+        counts = np.bincount(load_vectors("tinyimagenet32", name, "val").labels, minlength=200)
+        np.testing.assert_array_equal(counts, 50 * np.isin(np.arange(200), C5_CLASSES))
 
 
 def write_arm(name, root, marks):
@@ -201,10 +195,8 @@ def write_arm(name, root, marks):
     return network, folder
 
 
-NETWORKS = {(arm.recipe.architecture, arm.recipe.options): name for name, arm in ARMS.items()}
-
-
-@pytest.mark.parametrize("name", NETWORKS.values())
+@pytest.mark.parametrize("name", {(arm.recipe.architecture, arm.recipe.options): name
+                                  for name, arm in ARMS.items()}.values())
 def test_the_network_of_every_arm_is_read_back_at_its_size(name, tmp_path, monkeypatch):
     """Also those that nobody has trained yet."""
     network, folder = write_arm(name, tmp_path, ["final"])
@@ -222,41 +214,33 @@ def images_of(name, split) -> ImageDataset:
     return ImageDataset(name, split, random_images, labels, tuple(map(str, range(200))))
 
 
-@pytest.fixture
-def finished_arms(monkeypatch, tmp_path, own_folders):
-    """Two arms that want a GPU, seed 0 and seed 1, as if they had finished."""
-    for name in ("vit_nano", "vit_nano_s1"):
+def test_a_finished_arm_is_bundled_of_another_seed_its_read_outs(
+        monkeypatch, tmp_path, own_folders):
+    bundled = tmp_path / "bundled"
+    for name in ("vit_nano", "vit_nano_s1"):  # seed 0 and seed 1
         write_arm(name, tmp_path / "runs", ["quarter", "half", "final"])
-    monkeypatch.setattr(what_ships, "read_out", lambda found: {"n": len(found.labels)})
-    monkeypatch.setattr(what_ships, "load_dataset", images_of)
-    monkeypatch.setattr(what_ships, "runs_dir", lambda: tmp_path / "runs")
-    monkeypatch.setattr(what_ships, "bundled_dir", lambda: tmp_path / "bundled")
-    return tmp_path / "bundled"
-
-
-def test_a_finished_arm_is_bundled_of_another_seed_its_read_outs(finished_arms, monkeypatch):
+    for name, stand_in in dict(
+            read_out=lambda found: {"n": len(found.labels)}, load_dataset=images_of,
+            runs_dir=lambda: tmp_path / "runs", bundled_dir=lambda: bundled).items():
+        monkeypatch.setattr(what_ships, name, stand_in)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(what_ships, "knn_readouts", lambda network: 1 / 0)
         bundle_backbone("vit_nano")
-    assert not finished_arms.exists()  # nothing is written before all is computed
-    assert bundle_backbone("vit_nano_s1") == finished_arms / "readouts" / "vit_nano_s1.json"
-    assert bundle_backbone("vit_nano") == finished_arms / "vit_nano.safetensors"
-    assert sorted(str(path.relative_to(finished_arms)) for path in finished_arms.rglob("*.*")) == [
+    assert not bundled.exists()  # nothing is written before all is computed
+    assert bundle_backbone("vit_nano_s1") == bundled / "readouts" / "vit_nano_s1.json"
+    assert bundle_backbone("vit_nano") == bundled / "vit_nano.safetensors"
+    assert sorted(str(path.relative_to(bundled)) for path in bundled.rglob("*.*")) == [
         "readouts/vit_nano.json", "readouts/vit_nano_s1.json", "vit_nano.json",
         "vit_nano.safetensors"]
-    checked_card(finished_arms / "vit_nano.safetensors", n_figures=3)
-    records = json.loads((finished_arms / "readouts" / "vit_nano.json").read_text())
+    checked_card(bundled / "vit_nano.safetensors", n_figures=3)
+    records = json.loads((bundled / "readouts" / "vit_nano.json").read_text())
     assert [record["checkpoint"] for record in records] == ["quarter", "half", "final"]
-    monkeypatch.setattr("tsp_utils.networks.registry.bundled_dir", lambda: finished_arms)
+    monkeypatch.setattr("tsp_utils.networks.registry.bundled_dir", lambda: bundled)
     assert load_backbone("vit_nano").dim == 128  # by its card, without a row in the table
-
-
-def test_an_unfinished_arm_is_not_bundled(monkeypatch, tmp_path):
-    monkeypatch.setattr(what_ships, "runs_dir", lambda: tmp_path)
+    with pytest.raises(FileNotFoundError, match="run python -m experiments pretrain"):
+        bundle_backbone("vit_nano_s2")  # which has not finished
     with pytest.raises(ValueError, match="nearest one is 'vit_nano'"):
         bundle_backbone("vit_nan")
-    with pytest.raises(FileNotFoundError, match="run python -m experiments pretrain"):
-        bundle_backbone("vit_nano")
 
 
 @pytest.mark.parametrize(("experiment", "function", "settings"), [

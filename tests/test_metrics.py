@@ -11,11 +11,13 @@ from tsp_utils import clustering_metrics, confusion, match_clusters
 RNG = np.random.default_rng(0)
 
 
-def test_matching_is_the_best_of_all_permutations():
+def test_matching_is_the_best_of_all_permutations_and_counts_are_scikit_learns():
     for _ in range(20):
         labels, clusters = RNG.integers(5, size=(2, 60))
         best = max(np.mean(np.array(p)[clusters] == labels) for p in permutations(range(5)))
         assert clustering_metrics(labels, clusters)["acc"] == pytest.approx(best)
+        np.testing.assert_array_equal(confusion(labels, clusters),
+                                      confusion_matrix(labels, clusters))
 
 
 @pytest.mark.parametrize("labels, clusters, matches, acc", [
@@ -27,32 +29,22 @@ def test_matching_by_hand(labels, clusters, matches, acc):
     assert clustering_metrics(labels, clusters)["acc"] == pytest.approx(acc)
 
 
-@pytest.mark.parametrize("names", [[0, 5, 10, 15], [3, 1, 7, 2], [10**9, 4, 10**12, 6]])
-def test_labels_with_gaps_are_as_many_classes_as_there_are(names):
+@pytest.mark.parametrize("names", [[3, 1, 7, 2], [10**9, 4, 10**12, 6]])
+def test_scores_know_no_names_and_labels_with_gaps_are_as_many_classes_as_there_are(names):
     plain, clusters = RNG.integers(4, size=80), RNG.integers(6, size=80)
     labels, order = np.array(names)[plain], np.argsort(names)
     np.testing.assert_array_equal(confusion(labels, clusters), confusion(plain, clusters)[order])
-    class_of = match_clusters(labels, clusters)
-    assert sorted(class_of) == [-1, -1, *sorted(names)]  # six clusters, four classes
+    assert sorted(match_clusters(labels, clusters)) == [-1, -1, *sorted(names)]  # six clusters
     assert clustering_metrics(labels, clusters) == pytest.approx(
         clustering_metrics(plain, clusters))
-
-
-def test_counts_are_scikit_learns_and_scores_know_no_names_and_take_lists():
-    labels, clusters = RNG.integers(10, size=(2, 200))
-    assert clustering_metrics(labels, RNG.permutation(10)[labels]) == pytest.approx(
+    assert clustering_metrics(labels, RNG.permutation(4)[plain]) == pytest.approx(
         {"acc": 1, "nmi": 1, "ari": 1})
-    np.testing.assert_array_equal(confusion(labels, clusters), confusion_matrix(labels, clusters))
-    assert clustering_metrics(labels.tolist(), clusters.tolist()) == clustering_metrics(
-        labels, clusters)
 
 
 @pytest.mark.parametrize("labels, clusters, sentence", [
     *((odd, [0, 1], "whole numbers, and these are of the types")
       for odd in (["cat", "dog"], [0.5, 1.0], [True, False])),
-    ([0, 0, 0], [0, 0, 0, 0], "equally long"),
-    ([-1, 0], [0, 1], "numbered from 0"),
-])
+    ([0, 0, 0], [0, 0, 0, 0], "equally long"), ([-1, 0], [0, 1], "numbered from 0")])
 def test_bad_input_is_refused(labels, clusters, sentence):
     for score in (confusion, clustering_metrics):
         with pytest.raises(ValueError, match=sentence):
