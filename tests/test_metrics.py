@@ -4,6 +4,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+from scipy.stats import entropy
 from sklearn.metrics import confusion_matrix
 
 from tsp_utils import clustering_metrics, confusion, match_clusters
@@ -18,6 +19,19 @@ def test_matching_is_the_best_of_all_permutations_and_counts_are_scikit_learns()
         assert clustering_metrics(labels, clusters)["acc"] == pytest.approx(best)
         np.testing.assert_array_equal(confusion(labels, clusters),
                                       confusion_matrix(labels, clusters))
+
+
+def test_nmi_and_ari_are_their_definitions():
+    labels, clusters = RNG.integers(5, size=(2, 60))
+    clusters[:30] = labels[:30]
+    alike, together = (np.equal.outer(x, x)[np.triu_indices(60, 1)] for x in (labels, clusters))
+    chance = alike.sum() * together.sum() / len(alike)
+    most = (alike.sum() + together.sum()) / 2
+    table = confusion(labels, clusters)
+    apart = entropy(table.sum(0)), entropy(table.sum(1))
+    found = clustering_metrics(labels, clusters)
+    assert found["ari"] == pytest.approx(((alike & together).sum() - chance) / (most - chance))
+    assert found["nmi"] == pytest.approx(2 - 2 * entropy(table.ravel()) / sum(apart))
 
 
 @pytest.mark.parametrize("labels, clusters, matches, acc", [
