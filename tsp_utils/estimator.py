@@ -28,9 +28,8 @@ from tsp_utils.scaling import Scaler
 TEMPERATURE = 0.02
 LEAST_VOTE = 0.01  # of all; heads with less are left out
 MATCHED_ON = 20_000  # samples
-# Learning rates of Adam: the paper's, and those for a loss that does not come to rest at it, by the
-# share of its fall that comes in the second half of the training (experiments/budget.py).
-RATES, LATE = (1e-4, 3e-4, 1e-3), (1 / 20, 1 / 8)
+RATES = (1e-4, 3e-4, 1e-3)  # of Adam: the paper's, and those for a loss that does not rest at it
+LATE = (1 / 20, 1 / 8)  # of its fall come in the second half, at most, for the first two
 
 
 class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin, base.ClusterMixin,
@@ -43,9 +42,8 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
     "best": that head alone, as in the paper. No label is read. neighbor_search and metric are
     those of `find_neighbors`, others those of `train_heads`; n_neighbors is lowered, with a
     warning, for too few samples, and a batch is an eighth of them, from 32 to batch_size.
-    learning_rate "auto": the paper's 1e-4, if of what the first head's loss then falls by at most
-    a twentieth comes in the second half of the training, 3e-4 if at most an eighth, else 1e-3
-    (docs/budget.md).
+    learning_rate "auto": the paper's 1e-4 where at most a twentieth of the fall of the first head's
+    loss comes in the second half of the training, 3e-4 for an eighth, else 1e-3 (docs/budget.md).
 
     Attributes: labels_ int64 [N], the clusters of the fitted samples; stability_ [N], the share of
     the votes that each sample's heads give to its cluster as their most probable one; votes_ [S] of

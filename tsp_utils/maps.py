@@ -34,10 +34,8 @@ def _umap(vectors: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _umap_neighbors(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each of N points and its 14 neighbours, int32 [N, 15], and their cosine distances [N, 15].
-
-    UMAP's own search of few points is a loop in Python: three seconds for 2,000.
-    """
+    """Each of N points and its 14 neighbours, int32 [N, 15], and their cosine distances [N, 15]."""
+    # UMAP's own search of few points is a loop in Python: three seconds for 2,000.
     found = nearest_neighbors(features, min(14, len(features) - 1))
     itself = np.arange(len(features))[:, None]
     return (np.hstack([itself, found.indices]).astype(np.int32),

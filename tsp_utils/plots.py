@@ -16,10 +16,10 @@ METHOD_COLORS = {"k-means": "#9aa5b1", "head": "#d1605e"}
 
 def set_style() -> None:
     """The style of every figure: readable at half its size."""
-    sns.set_theme(context="notebook", style="whitegrid", font_scale=1.0,
-                  rc={"axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.92",
-                      "figure.dpi": 80, "savefig.dpi": 110, "axes.titlesize": "medium",
-                      "legend.frameon": False, "axes.titlelocation": "left", "svg.hashsalt": "0"})
+    sns.set_theme(style="whitegrid", rc={
+        "axes.spines.top": False, "axes.spines.right": False, "grid.color": "0.92",
+        "figure.dpi": 80, "savefig.dpi": 110, "axes.titlesize": "medium", "legend.frameon": False,
+        "axes.titlelocation": "left", "svg.hashsalt": "0", "svg.fonttype": "none"})
 
 
 def backbone_color(name: str):
@@ -52,19 +52,17 @@ def plot_images(images: np.ndarray, titles=None, n_columns: int = 10, colors=Non
     n_rows = -(-len(images) // n_columns)
     figure, axes = plt.subplots(n_rows, n_columns, figsize=(n_columns * 0.95, n_rows * 1.12),
                                 squeeze=False, layout="constrained")
-    for i, ax in enumerate(axes.flat):
-        ax.set(xticks=[], yticks=[])
-        if i >= len(images):
-            ax.set_visible(False)
-            continue
+    for ax in axes.flat[len(images) :]:
+        ax.set_visible(False)
+    for i, ax in enumerate(axes.flat[: len(images)]):
         grey = images[i].shape[-1] == 1
         ax.imshow(images[i][..., 0] if grey else images[i], cmap="gray", interpolation="nearest")
-        ax.grid(False)
         if titles is not None:
             ax.set_title(titles[i], fontsize=7.5, loc="center", pad=2)
-        for spine in ax.spines.values():
-            spine.set(visible=colors is not None, linewidth=2.5,
-                      edgecolor=None if colors is None else colors[i])
+        ax.set_axis_off()
+        if colors is not None:
+            ax.add_patch(plt.Rectangle((0, 0), 1, 1, transform=ax.transAxes, clip_on=False,
+                                       fill=False, linewidth=2.5, edgecolor=colors[i]))
     return figure
 
 

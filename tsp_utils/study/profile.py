@@ -201,7 +201,7 @@ class Study(Settings):
                                                   pnginfo=said))
         if os.environ.get("TSP_SVG"):  # only points of maps and small images are pixels there
             self.leave(f"figures/{name}.svg", partial(
-                figure.savefig, format="svg", dpi=72, **whole,
+                figure.savefig, format="svg", dpi=72 if len(figure.axes) < 40 else 40, **whole,
                 metadata={"Date": None, "Description": caption}))
 
     def save_table(self, table: pd.DataFrame | str, name: str) -> None:
