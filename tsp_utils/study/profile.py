@@ -194,9 +194,9 @@ class Study(Settings):
         print(textwrap.fill(caption, 100))
         self.save_table(data, name)
         drawn, said, whole = BytesIO(), PngInfo(), dict(bbox_inches="tight", pad_inches=0.15)
-        figure.savefig(drawn, format="png", dpi=110, **whole)
+        figure.savefig(drawn, format="png", dpi=110, **whole)  # then 256 colours: a third as large
         said.add_itxt("Description", caption)
-        image = Image.open(drawn).convert("RGB").quantize(dither=Image.Dither.NONE)  # 256 colours
+        image = Image.open(drawn).convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE)
         self.leave(f"figures/{name}.png", partial(image.save, format="png", optimize=True,
                                                   pnginfo=said))
         if os.environ.get("TSP_SVG"):  # only points of maps and small images are pixels there
