@@ -211,23 +211,20 @@ def test_settings_and_input_that_cannot_train_are_refused_in_one_sentence(settin
         TSPClustering(**dict(n_clusters=4) | settings).fit(x)
 
 
-def test_a_loss_that_still_falls_is_trained_at_the_next_rate_from_the_same_start(monkeypatch):
+@pytest.mark.parametrize("share, rate", [
+    (None, 1e-3), (0.05, 1e-4), (0.051, 3e-4), (0.125, 3e-4), (0.126, 1e-3), (np.nan, 1e-4)])
+def test_the_share_that_falls_late_chooses_the_rate_for_all_from_the_same_start(
+        monkeypatch, share, rate):
     def fitted(rate):
         return TSPClustering(4, learning_rate=rate, n_init=2, max_epochs=0, min_steps=400,
                              random_state=0).fit(X)
 
-    for rates, rate in (((1e-4, 3e-4, 1e-3), 1e-3), ((1e-4, 0.02, 1.0), 0.02)):
-        monkeypatch.setattr(estimator, "RATES", rates)  # at 0.02 the loss rests, at the others not
-        auto, fixed = fitted("auto"), fitted(rate)
-        assert auto.learning_rate_ == fixed.learning_rate_ == rate
-        np.testing.assert_array_equal(auto.losses_, fixed.losses_)
-        np.testing.assert_array_equal(auto.coef_, fixed.coef_)
-
-
-def test_a_loss_that_is_no_number_raises_no_rate(monkeypatch):
-    monkeypatch.setattr(estimator, "last_fall", lambda losses: np.nan)
-    fitted = TSPClustering(4, n_init=1, max_epochs=0, min_steps=50, random_state=0).fit(X)
-    assert fitted.learning_rate_ == 1e-4
+    if share is not None:  # else as it is: at 1e-4 these losses fall and fall
+        monkeypatch.setattr(estimator, "last_fall", lambda losses: share)
+    auto, fixed = fitted("auto"), fitted(rate)
+    assert auto.learning_rate_ == fixed.learning_rate_ == rate
+    np.testing.assert_array_equal(auto.losses_, fixed.losses_)
+    np.testing.assert_array_equal(auto.coef_, fixed.coef_)
 
 
 def test_the_share_of_the_fall_that_comes_in_the_second_half():
