@@ -106,6 +106,7 @@ def changed(array, at, value):
 @pytest.mark.parametrize(("tensors", "card", "said"), [
     (lambda x, y: {"features": x}, {}, "it holds {'features': 'float16 [10000, 384]'} where"),
     (lambda x, y: {"features": x.astype("f4"), "labels": y}, {}, "'float32 [10000, 384]'"),
+    (lambda x, y: {"features": x, "labels": y.astype("i8")}, {}, "'int64 [10000]'"),
     (lambda x, y: {"features": x[1:], "labels": y[1:]}, {}, "'float16 [9999, 384]'"),
     (lambda x, y: {"features": changed(x, (7, 5), np.nan), "labels": y}, {}, "row 7 of its feat"),
     (lambda x, y: {"features": changed(x, 9, 0), "labels": y}, {}, "row 9 of its features is zero"),
