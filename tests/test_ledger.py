@@ -41,6 +41,8 @@ def test_every_claim_can_reach_every_verdict(claim, verdict):
     claims = CLAIMS if claim.startswith("C") else ICBPL_CLAIMS
     cells = [cell(claim, verdict)] * (2 if claim in ("C0", "C1") else 1)  # those want two
     table = ledger(cells, claims)
+    aside = [cell(claim, other, decides=False) for other in ("holds", "does not hold")]
+    pd.testing.assert_frame_equal(ledger([*aside, *cells], claims), table)  # they decide nothing
     assert list(table["id"]) == [c.id for c in claims]
     assert list(table.loc[table["id"] == claim, "verdict"]) == [verdict]
     others = table[table["id"] != claim]

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import readings
-from readings import PATHS, cells_of, problems_of, retype, source_of
+from readings import FIGURES, PATHS, cells_of, problems_of, retype, source_of
 
 MACHINE_PATH = re.compile(r"/(?:home|root|Users|tmp|work|mnt|opt|usr|private|var)/[\w.-]+"
                           r"|\b[A-Z]:\\+\w+|site-packages")
@@ -47,6 +47,11 @@ def test_its_cells_are_those_of_a_lesson(path):
     last = cells[cells.index(exercises) + 1:]  # questions, solutions and checks (test_student.py)
     assert last and tagged(last, "exercise") == last
     assert tagged(cells, "solution") == tagged(last, "solution") != []
+
+
+def test_no_figure_is_over_200_kb():
+    sizes = [path.stat().st_size for path in FIGURES.rglob("*.png")]
+    assert len(sizes) > 60 and max(sizes) < 200_000
 
 
 @each
