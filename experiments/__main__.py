@@ -17,6 +17,8 @@ EXPERIMENTS = {
                         "learn invariant_patches again from its source (20 minutes of a core)"),
     "dictionary-arms": ("dictionary_arms", "learn_dictionary_arms",
                         "learn and read out the dictionaries of claim C6 (36 minutes)"),
+    "invariant-arms": ("invariant_arms", "learn_invariant_arms",
+                       "learn and read out the backbones of claim C6 (two hours of two cores)"),
     "finetune": ("finetuning", "run_finetuning", "the fine-tuning of claim C7 (an hour)"),
     "collapse": ("collapse", "run_collapse",
                  "fine-tuning for sixteen epochs on a better network (a GPU)"),

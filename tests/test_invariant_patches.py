@@ -10,7 +10,7 @@ from tsp_utils.backbones import load_backbone
 from tsp_utils.networks.invariant_patches import InvariantPatches
 from tsp_utils.pretraining.dictionary import to_float
 from tsp_utils.pretraining.invariant import (
-    _activations_of_views,
+    activations_of_views,
     between_within,
     learn_invariant_patches,
     projection,
@@ -103,7 +103,7 @@ def test_an_unseen_image_finds_its_own_view_more_often_than_under_pca(learned):
     """Which 16 of the 216 dimensions of the same activations are kept is what differs."""
     pca = PCA(16, random_state=0).fit(learned.activations(to_float(IMAGES)).numpy())
     unseen = structured_images(100, seed=9) // 4 + 90
-    views = next(_activations_of_views(learned, unseen, 2, torch.Generator().manual_seed(3)))
+    views = next(activations_of_views(learned, unseen, 2, torch.Generator().manual_seed(3)))
 
     def own_first(x):
         x = x / np.linalg.norm(x, axis=-1, keepdims=True)

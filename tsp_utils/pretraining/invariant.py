@@ -37,11 +37,11 @@ def learn_invariant_patches(images, n_atoms=358, sizes=(4, 8), n_features=256, n
         raise ValueError(f"n_views is {n_views}: pass at least 2, the image and one that differs.")
     done = on_stage or (lambda stage: None)
     generator = torch.Generator().manual_seed(seed)
-    filters, offsets = zip(*(_learn_dictionary(images, size, n_atoms, n_patches, generator)
+    filters, offsets = zip(*(learn_filters(images, size, n_atoms, n_patches, generator)
                              for size in sorted(sizes)), strict=True)  # as a file is read
     done("dictionaries")
     network = InvariantPatches(filters, offsets, axes=torch.zeros(1, 1))
-    s_b, s_w = between_within(_activations_of_views(network, images, n_views, generator))
+    s_b, s_w = between_within(activations_of_views(network, images, n_views, generator))
     done("activations and sums")
     axes = projection(s_b, s_w, n_features, reg, power)  # [P, D]
     done("eigenproblem")
@@ -95,9 +95,12 @@ def projection(s_b: np.ndarray, s_w: np.ndarray, n_axes: int, reg: float = 1e-4,
     return np.ascontiguousarray(axes[:, ::-1] * np.maximum(values[::-1], 0) ** power)
 
 
-def _activations_of_views(network, images, n_views: int, generator,
+def activations_of_views(network, images, n_views: int, generator,
                           at_once: int = 1000) -> Iterator[np.ndarray]:
-    """Activations [B, V, P] of each image as it is and of V - 1 views as DINO's, without blur."""
+    """Activations [B, V, P] of each image as it is and of V - 1 views as DINO's, without blur.
+
+    images uint8 [N, 32, 32, 3], taken `at_once` at a time.
+    """
     for start in tqdm(range(0, len(images), at_once), "activations", leave=False):
         plain = to_float(images[start : start + at_once])
         views = [plain] + [random_colors(random_crops(plain, SIDE, AREA, generator), generator,
@@ -105,7 +108,7 @@ def _activations_of_views(network, images, n_views: int, generator,
         yield torch.stack([network.activations(view) for view in views], 1).numpy()
 
 
-def _learn_dictionary(images, size: int, n_atoms: int, n_patches: int, generator):
+def learn_filters(images, size: int, n_atoms: int, n_patches: int, generator):
     """filters [A, 3 size^2] and offsets [A]: K-means of whitened patches, atoms of length 1."""
     chosen, drawn = torch.randperm(len(images), generator=generator)[:6000], []
     for rows in chosen.split(500):
