@@ -11,20 +11,25 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 from processes import two_processes
+from scipy.linalg import eigh
 from sklearn.neighbors import NearestNeighbors
 from torch.utils.flop_counter import FlopCounterMode
 from toys import made_of, three_blobs
 
 import experiments.arms as arms
 import experiments.dictionary_arms as dictionary_arms
+import experiments.invariant_arms as invariant_arms
 from experiments.arms import ARMS, Arm, arm_images, find_arm, gflop_per_image, pretrain_arm
 from experiments.dictionary_arms import DICTIONARY_ARMS, learn_dictionary_arms
+from experiments.invariant_arms import RIDGES, learn_invariant_arms, learn_with_a_chosen_ridge
 from tsp_utils.backbones import BackboneSpec
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.files.paths import shipped_records
 from tsp_utils.networks.weights import load_model
 from tsp_utils.pretraining.dino import Dino, DinoRecipe, schedule
+from tsp_utils.pretraining.invariant import activations_of_views, learn_filters
 from tsp_utils.study.frozen_evaluation import balanced_rows, read_out, small_pool_consistency
 from tsp_utils.study.profile import load_study
 
@@ -276,6 +281,66 @@ def test_dictionaries_are_learned_once_and_written_whole(small_world, few_steps,
     assert learn_dictionary_arms(n_seeds=2, n_heads=2).read_bytes() == before
 
 
+def test_invariant_arms_draw_their_images_anew_and_are_learned_once(small_world, few_steps,
+                                                                     tmp_path, monkeypatch):
+    settings = dict(n_atoms=4, n_patches=2_000, n_features=4, n_views=120)
+    learned_from = []
+    for name, value in dict(load_dataset=images_of, SETTINGS=settings, bundled_dir=lambda: tmp_path,
+                            INVARIANT_ARMS={"source 30": (30, 0, 2), "union": (10, 30, 1)},
+                            learn_with_a_chosen_ridge=lambda images, **kwargs: learned_from.append(
+                                images) or learn_with_a_chosen_ridge(images, **kwargs)).items():
+        monkeypatch.setattr(invariant_arms, name, value)
+    invariant_arms._images.cache_clear()
+    path = learn_invariant_arms(n_heads=2, n_jobs=1)
+    records, before = json.loads(path.read_text()), path.read_bytes()
+    assert [(r["arm"], r["seed"], len(r["head"]["acc"])) for r in records] == [
+        ("source 30", 0, 2), ("source 30", 1, 2), ("union", 0, 2)]
+    a, b, union = ({image.tobytes() for image in images} for images in learned_from)
+    source, target = ({image.tobytes() for image in images_of(name, "train").images}
+                      for name in ("tinyimagenet32", "cifar10"))
+    assert a != b and a | b <= source and len(a) == len(b) == 30
+    assert len(union & source) == 10 and len(union & target) == 30
+    learned_from.clear()  # a key has what a function holds
+    monkeypatch.setattr(invariant_arms, "_learn_and_read_out", None)  # any learning would fail
+    assert learn_invariant_arms(n_heads=2, n_jobs=1).read_bytes() == before
+    invariant_arms._images.cache_clear()
+
+
+def test_the_ridge_is_chosen_on_images_that_the_axes_have_not_seen():
+    """Against the definitions written out, in float64: scatter by loops, scipy's eigenvectors."""
+    images = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8)
+    images = images // 4 + images[:, :1, :1] // 2  # each has a colour of its own
+    network, ratios = learn_with_a_chosen_ridge(images, n_atoms=4, n_patches=3_000, n_features=5,
+                                                n_views=240, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.inference_mode():
+        learn_filters(images, 4, 4, 3_000, generator)
+        order = torch.randperm(60, generator=generator).numpy()
+        fit, held = (next(activations_of_views(network, images[rows], 4, generator)).astype(float)
+                     for rows in (order[6:], order[:6]))
+
+    def scatter(views):
+        within = sum(np.cov(one.T) for one in views) / len(views)
+        return np.cov(views.mean(1).T) - within / 4, within
+
+    def axes_of(s_b, s_w, ridge):
+        values, axes = eigh(s_b, s_w + ridge * np.linalg.eigvalsh(s_w)[-1] * np.eye(len(s_w)))
+        return values[:-6:-1], axes[:, :-6:-1]
+
+    (b_fit, w_fit), (b_held, w_held) = scatter(fit), scatter(held)
+    for ridge in RIDGES:
+        axes = axes_of(b_fit, w_fit, ridge)[1]
+        assert ratios[ridge] == pytest.approx(np.mean(
+            [(v @ b_held @ v) / (v @ w_held @ v) for v in axes.T]), rel=1e-3)
+    assert len(set(ratios.values())) == len(RIDGES)
+    values, axes = axes_of(0.9 * b_fit + 0.1 * b_held, 0.9 * w_fit + 0.1 * w_held,
+                           max(ratios, key=ratios.get))
+    expected = axes * np.maximum(values, 0) ** 0.25
+    cosines = (F.normalize(network.axes, dim=0).numpy()
+               * expected / np.linalg.norm(expected, axis=0)).sum(0)
+    assert np.abs(cosines) == pytest.approx(np.ones(5), abs=1e-4)
+
+
 def test_small_pools_are_balanced_and_their_consistency_is_scikit_learns():
     found = three_blobs()
     rows = balanced_rows(found.labels, seed=4)
@@ -288,3 +353,11 @@ def test_small_pools_are_balanced_and_their_consistency_is_scikit_learns():
 def test_the_dictionaries_that_ship_are_of_the_code_that_is_here():
     assert {record["code"] for record in shipped_records("dictionaries")} == {
         dictionary_arms.code_of_the_arms()}
+
+
+def test_the_invariant_arms_that_ship_are_whole_and_of_the_code_that_is_here():
+    records = shipped_records("invariant_arms")
+    assert {record["code"] for record in records} == {invariant_arms.code_of_the_invariant_arms()}
+    assert [(r["n_source"], r["n_target"], r["seed"]) for r in records] == [
+        (n_source, n_target, seed) for n_source, n_target, n_seeds
+        in invariant_arms.INVARIANT_ARMS.values() for seed in range(n_seeds)]
