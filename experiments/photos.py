@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tsp_utils import cache
 from tsp_utils.backbones import load_backbone
 from tsp_utils.cache import hardware, versions
 from tsp_utils.datasets import ImageDataset
@@ -66,6 +67,11 @@ def kinds(folder: Path) -> Iterator[tuple[str, ImageDataset]]:
     yield "small grey pictures, 28 px", load_images("fashion-mnist", "test", N_SMALL)
 
 
+def code_of_a_kind() -> str:
+    """The key of the code behind a record, but for that which makes the images."""
+    return cache.code_of(read_out, cached_features)
+
+
 def read_kinds(folder: str) -> Path:
     """Every kind under every backbone, ten seeds; returns the path of the records."""
     records = []
@@ -77,6 +83,6 @@ def read_kinds(folder: str) -> Path:
             about = {"kind": kind, "backbone": name, "dtype": backbone.describe()["dtype"],
                      "n_clusters": found.n_clusters}
             records.append(about | read_out(found) | {
-                "hardware": hardware("cpu"), "versions": versions()})
+                "code": code_of_a_kind(), "hardware": hardware("cpu"), "versions": versions()})
             logger.info("%s under %s: consistency %s", kind, name, records[-1]["consistency"])
     return write_lines(bundled_dir() / "readouts" / "kinds_of_images.json", records)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tsp_utils import cache
 from tsp_utils.cache import hardware, versions
 from tsp_utils.estimator import TSPClustering
 from tsp_utils.files.paths import bundled_dir, write_lines
@@ -74,6 +75,11 @@ def read_cell(found) -> dict:
     return record
 
 
+def code_of_a_cell() -> str:
+    """The key of the code behind a record."""
+    return cache.code_of(read_cell)
+
+
 def read_stability() -> Path:
     """Every cell; returns the path of the records."""
     study, records = load_study("offline"), []
@@ -84,7 +90,8 @@ def read_stability() -> Path:
             found = replace(found, features=found.features[rows], labels=found.labels[rows])
             records.append({"kind": kind, "dataset": dataset, "backbone": backbone,
                             "n": len(found.labels), "n_clusters": found.n_clusters}
-                           | read_cell(found) | {"hardware": hardware("cpu"),
+                           | read_cell(found) | {"code": code_of_a_cell(),
+                                                 "hardware": hardware("cpu"),
                                                  "versions": versions()})
             logger.info("%s under %s: %s", dataset, backbone,
                         {name: records[-1][name] for name in ("best", "all")})

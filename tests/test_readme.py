@@ -16,6 +16,8 @@ from sklearn.metrics import adjusted_rand_score
 from toys import fill
 
 import tsp_utils as tsp
+from experiments.photos import code_of_a_kind
+from experiments.stability import code_of_a_cell
 from tsp_utils.files.paths import shipped_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,6 +239,7 @@ def test_the_tables_of_stability_and_of_backbones_are_the_records():
     """And what it says of them: votes agree more often but once, stable images are put alike."""
     rows, good, split, gained = shipped_records("stability"), [], [], []
     assert [row["kind"] for row in rows] == ["tuned"] * 5 + ["fresh"] * 4
+    assert {row["code"] for row in rows} == {code_of_a_cell()}
     for r in rows:
         best, votes = (np.mean(r[name]["four_fifths"]) for name in ("best", "all"))
         stable, others = (np.sum(r["kept"][name], 0) for name in ("stable", "others"))
@@ -258,5 +261,6 @@ def test_the_tables_of_stability_and_of_backbones_are_the_records():
     for r in shipped_records("kinds_of_images"):
         kinds.setdefault((r["kind"], r["n"], r["n_clusters"]), []).append(
             f"{np.mean(r['head']['acc']):.1f} ± {np.std(r['head']['acc'], ddof=1):.1f}")
+        assert r["code"] == code_of_a_kind()
     for (kind, n, n_clusters), cells in kinds.items():
         assert f"| {kind} | {n:,}, {n_clusters} | {' | '.join(cells)} |" in MEASURED

@@ -128,14 +128,14 @@ class TSPClustering(base.ClassNamePrefixFeaturesOutMixin, base.TransformerMixin,
         for name, least in (("n_clusters", 1), ("n_neighbors", 1), ("n_init", 1),
                             ("batch_size", 1), ("max_epochs", 0), ("min_steps", 0)):
             value = getattr(self, name)
-            if not isinstance(value, Integral) or value < least:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} is {value!r}; pass a whole number of at least {least}.")
         if self.keep not in ("all", "best"):
             raise ValueError(f"keep is {self.keep!r}; pass all or best.")
         auto = isinstance(self.learning_rate, str) and self.learning_rate == "auto"
         rate = RATES[0] if auto else self.learning_rate
         for name, value in (("entropy_weight", self.entropy_weight), ("learning_rate", rate)):
-            if not isinstance(value, Real):
+            if not isinstance(value, Real) or isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}; pass a number"
                                  f"{', or auto' * (name == 'learning_rate')}.")
         if 1e6 < self.entropy_weight < np.inf:

@@ -96,11 +96,9 @@ def projection(s_b: np.ndarray, s_w: np.ndarray, n_axes: int, reg: float = 1e-4,
 
 
 def activations_of_views(network, images, n_views: int, generator,
-                          at_once: int = 1000) -> Iterator[np.ndarray]:
-    """Activations [B, V, P] of each image as it is and of V - 1 views as DINO's, without blur.
-
-    images uint8 [N, 32, 32, 3], taken `at_once` at a time.
-    """
+                         at_once: int = 1000) -> Iterator[np.ndarray]:
+    """Activations [B, V, P] of images uint8 [N, 32, 32, 3], each plain and in V - 1 views, at_once
+    images at a time; views are DINO's, without blur."""
     for start in tqdm(range(0, len(images), at_once), "activations", leave=False):
         plain = to_float(images[start : start + at_once])
         views = [plain] + [random_colors(random_crops(plain, SIDE, AREA, generator), generator,
