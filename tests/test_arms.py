@@ -26,7 +26,7 @@ from experiments.dictionary_arms import DICTIONARY_ARMS, learn_dictionary_arms
 from experiments.invariant_arms import RIDGES, learn_invariant_arms, learn_with_a_chosen_ridge
 from tsp_utils.backbones import BackboneSpec
 from tsp_utils.datasets import ImageDataset
-from tsp_utils.files.paths import shipped_records
+from tsp_utils.files.paths import REPOSITORY, shipped_records
 from tsp_utils.networks.weights import load_model
 from tsp_utils.pretraining.dino import Dino, DinoRecipe, schedule
 from tsp_utils.pretraining.invariant import activations_of_views, learn_filters
@@ -361,3 +361,10 @@ def test_the_invariant_arms_that_ship_are_whole_and_of_the_code_that_is_here():
     assert [(r["n_source"], r["n_target"], r["seed"]) for r in records] == [
         (n_source, n_target, seed) for n_source, n_target, n_seeds
         in invariant_arms.INVARIANT_ARMS.values() for seed in range(n_seeds)]
+    page = (REPOSITORY / "docs" / "closed_form.md").read_text()
+    source = [r for r in records if r["n_source"] == 100_000]
+    assert all(max(r["ratios"], key=r["ratios"].get) == "1e-05" for r in source)
+    kmeans, heads = ([np.mean(r[name]["acc"]) for r in source] for name in ("k-means", "head"))
+    assert (f"is {np.mean([r['consistency']['20'] for r in source]):.1f}, and K-means has "
+            f"{np.mean(kmeans):.1f} ± {np.std(kmeans, ddof=1):.1f} ACC and heads "
+            f"{np.mean(heads):.1f} ± {np.std(heads, ddof=1):.1f}.") in " ".join(page.split())
