@@ -265,7 +265,7 @@ def test_every_prediction_has_a_box_and_the_next_cell_waits(copies):
                 with pytest.raises(checks.NotYet, match=f"^`{box}` {said}[^.]*.$"):
                     exec(f"{before}\n{guard}", {})
             exec(f"{box} = 'falls'\n{guard}", {})
-    assert n_boxes == 18
+    assert n_boxes == 19
 
 
 def test_answers_are_not_overwritten(tmp_path):
