@@ -63,6 +63,13 @@ def test_tables_are_the_committed_ones_and_the_ledger_decides_all_claims_but_one
     assert list(claims["id"]) == [f"C{i}" for i in range(13)]
     for row in claims.itertuples():
         assert f"**{row.verdict}**" in re.search(rf"^\| {row.id}\. .*$", text, re.M)[0]
+    same, mixture = figure("small/03_c3_same"), figure("small/03_c11").set_index("cell")
+    said = [f"{row.mean:+.1f}" for row in same.itertuples()]
+    said.append(f"{mixture.loc['32 principal axes', 'mean']:+.1f}")
+    page = " ".join(RESULTS.split())
+    told = page[page.index("In `small`, on all of CIFAR-10"):].split("A claim's power")[0]
+    assert re.findall(r"[+-]\d\.\d", told) == said
+    assert [b in told for b in same["backbone"]] == [True] * 3
     counts = claims["verdict"].value_counts()
     assert f"{counts['holds']} hold here and {counts['does not hold']} do not." in README
     assert counts["not tested"] == 1 and "inconclusive" not in counts
