@@ -15,7 +15,6 @@ from PIL import Image
 
 from tsp_utils import cache
 from tsp_utils.backbones import load_backbone
-from tsp_utils.cache import hardware, versions
 from tsp_utils.datasets import ImageDataset
 from tsp_utils.features import cached_features
 from tsp_utils.files.image_folders import ImageFiles, list_images
@@ -83,6 +82,6 @@ def read_kinds(folder: str) -> Path:
             about = {"kind": kind, "backbone": name, "dtype": backbone.describe()["dtype"],
                      "n_clusters": found.n_clusters}
             records.append(about | read_out(found) | {
-                "code": code_of_a_kind(), "hardware": hardware("cpu"), "versions": versions()})
+                "code": code_of_a_kind(), "hardware": cache.hardware("cpu"), "versions": cache.versions()})
             logger.info("%s under %s: consistency %s", kind, name, records[-1]["consistency"])
     return write_lines(bundled_dir() / "readouts" / "kinds_of_images.json", records)

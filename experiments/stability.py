@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from tsp_utils import cache
-from tsp_utils.cache import hardware, versions
 from tsp_utils.estimator import TSPClustering
 from tsp_utils.files.paths import bundled_dir, write_lines
 from tsp_utils.metrics import clustering_metrics, match_clusters
@@ -91,8 +90,8 @@ def read_stability() -> Path:
             records.append({"kind": kind, "dataset": dataset, "backbone": backbone,
                             "n": len(found.labels), "n_clusters": found.n_clusters}
                            | read_cell(found) | {"code": code_of_a_cell(),
-                                                 "hardware": hardware("cpu"),
-                                                 "versions": versions()})
+                                                 "hardware": cache.hardware("cpu"),
+                                                 "versions": cache.versions()})
             logger.info("%s under %s: %s", dataset, backbone,
                         {name: records[-1][name] for name in ("best", "all")})
     return write_lines(bundled_dir() / "readouts" / "stability.json", records)
