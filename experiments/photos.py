@@ -82,6 +82,7 @@ def read_kinds(folder: str) -> Path:
             about = {"kind": kind, "backbone": name, "dtype": backbone.describe()["dtype"],
                      "n_clusters": found.n_clusters}
             records.append(about | read_out(found) | {
-                "code": code_of_a_kind(), "hardware": cache.hardware("cpu"), "versions": cache.versions()})
+                "code": code_of_a_kind(), "hardware": cache.hardware("cpu"),
+                "versions": cache.versions()})
             logger.info("%s under %s: consistency %s", kind, name, records[-1]["consistency"])
     return write_lines(bundled_dir() / "readouts" / "kinds_of_images.json", records)
