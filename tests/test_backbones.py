@@ -43,7 +43,7 @@ def weights_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("TSP_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     monkeypatch.setattr(weights, "check_reachable", lambda url: None)
-    monkeypatch.setattr(weights, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *args, pretrained=False, **kwargs:
                         refuse() if pretrained else create(*args, **kwargs))

@@ -3,9 +3,6 @@
 import json
 from collections.abc import Mapping
 
-import timm
-from timm.data import resolve_data_config
-
 from tsp_utils.files.paths import bundled_dir, runs_dir
 from tsp_utils.files.unknown_names import unknown
 from tsp_utils.networks.weights import BackboneSpec
@@ -64,6 +61,7 @@ def find_spec(name: str) -> BackboneSpec:
                     runs_dir() / "pretrain" / name / "final.safetensors"):
         if weights.exists() and "recipe" in (card := model_card(name) or {}):
             return spec_of_recipe(name, card["recipe"], str(weights))
+    import timm  # only now: it takes seconds
     names = timm.list_models() + timm.list_models(pretrained=True)
     if name.removeprefix("timm:") in names and name.startswith("timm:"):
         return _timm_spec(name)
@@ -72,6 +70,8 @@ def find_spec(name: str) -> BackboneSpec:
 
 
 def _timm_spec(name: str) -> BackboneSpec:
+    import timm
+    from timm.data import resolve_data_config
     full = name.removeprefix("timm:")
     config = timm.get_pretrained_cfg(full)
     source = "timm" if config and config.has_weights else "absent"

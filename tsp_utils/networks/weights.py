@@ -1,4 +1,8 @@
-"""Weights: found or downloaded, read in DINO's official formats, renamed, loaded strictly."""
+"""Weights: found or downloaded, read in DINO's official formats, renamed, loaded strictly.
+
+timm is imported where a network of its kind is asked for: it takes as long as torch itself, and
+networks of patches do without.
+"""
 
 import argparse
 import contextlib
@@ -13,14 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import timm
-import timm.layers
 import torch
-from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
 from torch import nn
 
-import tsp_utils.networks.small_resnet  # noqa: F401  (timm learns its name)
 from tsp_utils.files.paths import bundled_dir, check_reachable, data_dir, write_whole
 from tsp_utils.networks.invariant_patches import InvariantPatches
 from tsp_utils.networks.patch_kmeans import PatchKMeans
@@ -53,6 +53,7 @@ class BackboneSpec:
 
     def for_size(self, img_size: int) -> "BackboneSpec":
         """This network on images of another size, in pixels: its position grid is resampled."""
+        import timm
         fixed = getattr(timm.get_pretrained_cfg(self.architecture), "fixed_input_size", False)
         grid = {"img_size": img_size} if fixed else {}
         return replace(self, input_size=img_size, options={**self.options, **grid}, resized=True)
@@ -87,6 +88,9 @@ def load_model(spec: BackboneSpec, checkpoint=None) -> nn.Module:
 
 def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
     """Build the network from a fixed seed, leaving the global random state as it was."""
+    import timm
+
+    import tsp_utils.networks.small_resnet  # noqa: F401  (timm learns its name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(INIT_SEED)  # torch.manual_seed would touch CUDA's too
         try:
@@ -101,6 +105,7 @@ def _create(spec: BackboneSpec, pretrained: bool = False) -> nn.Module:
 
 
 def _in_hub_cache(spec: BackboneSpec) -> bool:
+    from huggingface_hub import try_to_load_from_cache
     files = ("model.safetensors", "pytorch_model.bin")
     return any(isinstance(try_to_load_from_cache(f"timm/{spec.file.removesuffix('.safetensors')}",
                                                  file), str) for file in files)
@@ -113,12 +118,13 @@ def attention(fused: bool):
     timm keeps the choice for the whole process, and features in bf16 differ by it in the third
     digit: it is put back.
     """
-    before = timm.layers.use_fused_attn()
-    timm.layers.set_fused_attn(fused)
+    from timm.layers import set_fused_attn, use_fused_attn
+    before = use_fused_attn()
+    set_fused_attn(fused)
     try:
         yield
     finally:
-        timm.layers.set_fused_attn(before)
+        set_fused_attn(before)
 
 
 def _find_weights(spec: BackboneSpec) -> Path | None:
@@ -189,7 +195,8 @@ def _load_strictly(model: nn.Module, path: Path, spec: BackboneSpec) -> nn.Modul
     state = {key: value for key, value in state.items()
              if key in due or not key.startswith(tuple(f"{head}." for head in heads))}
     if spec.resized and "pos_embed" in due.keys() & state.keys():
-        state["pos_embed"] = timm.layers.resample_abs_pos_embed(
+        from timm.layers import resample_abs_pos_embed
+        state["pos_embed"] = resample_abs_pos_embed(
             state["pos_embed"], model.patch_embed.grid_size,  # type: ignore[union-attr]
             num_prefix_tokens=model.num_prefix_tokens)
     misshapen = [f"{key} {list(state[key].shape)} for {list(due[key].shape)}"
