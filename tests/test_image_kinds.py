@@ -7,10 +7,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tsp_utils import load_dataset
-from tsp_utils.files.image_folders import find_images, labels_from_folders
+from tsp_utils.files.image_folders import find_images, kinds_of, labels_from_folders
 from tsp_utils.folder.readable_files import ReadableFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(Tag data|Metadata Warning|Corrupt EXIF)")
@@ -187,7 +187,7 @@ def packed(kind: str) -> bytes:
 def test_images_are_found_by_content_and_the_rest_is_counted_by_kind(tmp_path):
     images = {"a.jfif": "JPEG", "b.avif": "AVIF", "no ending": "PNG", "c.PNG": "PNG",
               "d.jp2": "JPEG2000", "e.dat": "TIFF", "f.tga": "TGA", "g.ico": "ICO",
-              "h.jpg.part 1": "JPEG"}
+              "h.jpg.part 1": "JPEG", "i.heic": "HEIF", "j": "HEIF"}
     others = {"notes.txt": b"text", "more.TXT": b"P5 is a road", "README": b"",
               "IMG_1.HEIC": bytes(4) + b"ftypheic" + bytes(99), "raw.NEF": packed("TIFF"),
               "IMG_2.HEIC": struct.pack(">I", 24) + b"ftypmif1" + bytes(4) + b"mif1heic" + bytes(9),
@@ -206,6 +206,22 @@ def test_images_are_found_by_content_and_the_rest_is_counted_by_kind(tmp_path):
         (tmp_path / "one" / name).mkdir(parents=True)
         (tmp_path / name).rename(tmp_path / "one" / name / name)
         assert decoded(tmp_path / "one" / name / name).shape[2] == 3
+
+
+def test_a_phones_photo_lies_as_it_was_held_and_one_that_is_not_read_says_what_reads_it(
+        tmp_path, monkeypatch):
+    half = np.zeros((64, 96, 3), np.uint8)
+    half[:32] = 255  # white above
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6  # to be shown a quarter to the right
+    Image.fromarray(half).save(tmp_path / "IMG_1.HEIC", "HEIF", exif=turned.tobytes(), quality=95)
+    found = decoded(tmp_path / "IMG_1.HEIC").astype(int)
+    assert found.shape == (96, 64, 3)
+    assert found[:, 40:].mean() > 240 and found[:, :24].mean() < 15  # white on the right
+    assert kinds_of(Counter({".heic": 2, ".txt": 1})) == "2 .heic, 1 .txt"
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    assert kinds_of(Counter({".heic": 2, ".txt": 1})) == (
+        "2 .heic (pip install pillow-heif reads them), 1 .txt")
 
 
 def test_an_image_too_large_to_read_is_named_whatever_its_ending(tmp_path, monkeypatch):

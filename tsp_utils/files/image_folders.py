@@ -14,6 +14,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageSequence, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+with contextlib.suppress(ImportError):  # of the extra `photos`: HEIC, as phones take photos
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif",
                   ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".tga")  # named where they are no images
 # What Pillow knows by name alone, or names without the means to decode it: never by content.
@@ -124,8 +129,9 @@ def _holds_image(path: str) -> bool:
 def kinds_of(others: Counter) -> str:
     """The files that `find_images` passed over in words, the most frequent kinds first, or ""."""
     kinds = sorted(others.items(), key=lambda kind: (-kind[1], kind[0]))
-    more = sum(n for _, n in kinds[6:])
-    said = [f"{n:,} {kind}" for kind, n in kinds[:6] if n]
+    more, lacks = sum(n for _, n in kinds[6:]), "HEIF" not in Image.OPEN
+    said = [f"{n:,} {kind}" + " (pip install pillow-heif reads them)"
+            * (lacks and kind in (".heic", ".heif")) for kind, n in kinds[:6] if n]
     return ", ".join([*said, f"{more:,} of other kinds"] if more else said)
 
 
