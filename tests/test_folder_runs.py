@@ -99,7 +99,7 @@ def test_results_are_written_together_or_not_at_all(photos, tmp_path, monkeypatc
 
 ODD = ["a\nb.png", "c\rd.png", "e\r\nf.png", '"q".png', "=1+1.png", "+2.png", "-3.png", "@x.png",
        "😀.png", "comma, semi;.png", " lead.png", "tab\t.png", "back\\slash.png", "NA", "007",
-       "1e5", "True", "file:x.png", "caf%E9.png", os.fsdecode(b"caf\xe9.png"),
+       "1e5", "True", "P.HEIC", "file:x.png", "caf%E9.png", os.fsdecode(b"caf\xe9.png"),
        os.fsdecode(b"\xff\n\xfe")]
 
 
@@ -115,6 +115,7 @@ def test_a_table_of_any_names_is_utf_8_reads_back_and_has_no_formula(photos, odd
     assert r"caf\udce9.png" in (out / "report.html").read_text("utf-8")
     read = pd.read_csv(out / "clusters.csv")["path"]
     assert sorted(map(path_of, read)) == sorted(os.listdir(photos))
+    assert {"P.HEIC", "./007"} < set(read)
     with_bytes = read.str.startswith("file:")
     assert all((photos / path).exists() for path in read[~with_bytes]) and with_bytes.sum() == 3
 

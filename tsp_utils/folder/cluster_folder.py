@@ -221,7 +221,8 @@ def _written(path: str) -> str:
     """
     if path.startswith("file:") or any("\ud800" <= letter <= "\udfff" for letter in path):
         return "file:" + quote(os.fsencode(path))
-    plain = path.lower().endswith(IMAGE_SUFFIXES) and path[0] not in "=+-@\t\r\n"
+    known = path.lower().endswith((*IMAGE_SUFFIXES, ".heic", ".heif"))
+    plain = known and path[0] not in "=+-@\t\r\n"
     return path if plain else f"./{path}"
 
 
