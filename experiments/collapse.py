@@ -21,6 +21,7 @@ from experiments.finetuning import (
 from tsp_utils import cache
 from tsp_utils.backbones import Backbone, load_backbone
 from tsp_utils.cache import hardware, versions
+from tsp_utils.datasets import load_dataset
 from tsp_utils.features import extract_features
 from tsp_utils.files.paths import bundled_dir, shipped_records, write_lines
 from tsp_utils.neighbors import WEIGHTINGS
@@ -67,7 +68,8 @@ def run_collapse(backbone_name: str = "resnet_contrast_cifar10_long") -> Path:
             wanted = {"variant": name, "seed": seed, "backbone": backbone_name,
                       "weights_sha256": weights, "target": "cifar10", "n_images": N_IMAGES,
                       "options": options, "n_epochs": N_EPOCHS, "code": code_of_the_sweep()}
-            inputs = [wanted, target.fingerprint, test.fingerprint]
+            inputs = [wanted, target.fingerprint, test.fingerprint,
+                      *([source_images()] if "white_sheep" in options else [])]
             made = next((record for record in shipped if wanted.items() <= record.items()), None)
             records.append(made or wanted | cache.record(
                 "records", f"collapse {name} {seed}", inputs, [],
@@ -79,9 +81,9 @@ def run_collapse(backbone_name: str = "resnet_contrast_cifar10_long") -> Path:
 
 
 def code_of_the_sweep() -> str:
-    """The key of the code behind a record."""
+    """The key of the code behind a record, but for that which reads images and networks."""
     return cache.code_of(finetune, WEIGHTINGS["gaussian"], _starting_heads, _run, Backbone,
-                         Scaler.fit, Scaler.transform)
+                         Scaler.fit, Scaler.transform, given=(load_dataset, load_backbone))
 
 
 def _run(backbone, head, images, test, scale, *, entropy_weight: float = 3.0,

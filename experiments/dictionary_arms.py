@@ -11,7 +11,7 @@ import torch
 
 from experiments.arms import ARMS, arm_images
 from tsp_utils import cache
-from tsp_utils.backbones import BACKBONES, Backbone
+from tsp_utils.backbones import BACKBONES, Backbone, load_backbone
 from tsp_utils.cache import hardware, versions
 from tsp_utils.datasets import load_dataset
 from tsp_utils.features import extract_features
@@ -56,8 +56,9 @@ def learn_dictionary_arms(n_seeds: int = 10, n_heads: int = 5) -> Path:
 
 
 def code_of_the_arms() -> str:
-    """The key of the code behind a record."""
-    return cache.code_of(learn_patch_kmeans, PatchKMeans, Backbone, read_out)
+    """The key of the code behind a record, but for that which reads images and networks."""
+    return cache.code_of(learn_patch_kmeans, PatchKMeans, Backbone, read_out,
+                         given=(load_dataset, load_backbone))
 
 
 def _learn_and_read_out(wanted: dict, twin: str, target) -> dict:

@@ -66,7 +66,8 @@ def run_finetuning(backbone_name: str = "vit_nano_cpu") -> Path:
                             keep_map=variant == "1e-4" and seed == 0)
 
             name = f"finetuning {variant} {seed}"
-            inputs = [wanted, target.fingerprint, test.fingerprint]
+            inputs = [wanted, target.fingerprint, test.fingerprint,
+                      *([source_images()] if variant == SOURCE_TOO else [])]
             records.append(wanted | cache.record("records", name, inputs, [], make))
             logger.info("%s, seed %d: %s", variant, seed, records[-1]["epochs"][-1])
     return write_lines(bundled_dir() / "readouts" / "finetuning.json", records)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tsp_utils import cache
-from tsp_utils.backbones import BACKBONES, Backbone
+from tsp_utils.backbones import BACKBONES, Backbone, load_backbone
 from tsp_utils.datasets import load_dataset
 from tsp_utils.features import extract_features
 from tsp_utils.files.paths import bundled_dir, write_lines
@@ -63,8 +63,9 @@ def learn_invariant_arms(n_heads: int = 5, n_jobs: int = -1) -> Path:
 
 
 def code_of_the_invariant_arms() -> str:
-    """The key of the code behind a record."""
-    return cache.code_of(learn_with_a_chosen_ridge, InvariantPatches, Backbone, read_out)
+    """The key of the code behind a record, but for that which reads images and networks."""
+    return cache.code_of(learn_with_a_chosen_ridge, InvariantPatches, Backbone, read_out,
+                         given=(load_dataset, load_backbone))
 
 
 @torch.inference_mode()

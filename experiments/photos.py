@@ -15,7 +15,7 @@ from PIL import Image
 
 from tsp_utils import cache
 from tsp_utils.backbones import load_backbone
-from tsp_utils.datasets import ImageDataset
+from tsp_utils.datasets import ImageDataset, load_dataset
 from tsp_utils.features import cached_features
 from tsp_utils.files.image_folders import ImageFiles, list_images
 from tsp_utils.files.paths import bundled_dir, write_lines
@@ -67,8 +67,8 @@ def kinds(folder: Path) -> Iterator[tuple[str, ImageDataset]]:
 
 
 def code_of_a_kind() -> str:
-    """The key of the code behind a record, but for that which makes the images."""
-    return cache.code_of(read_out, cached_features)
+    """The key of the code behind a record, but for that which reads images and networks."""
+    return cache.code_of(read_out, cached_features, given=(load_dataset, load_backbone))
 
 
 def read_kinds(folder: str) -> Path:

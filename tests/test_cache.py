@@ -104,6 +104,17 @@ def test_what_is_called_and_the_constants_it_names_count_alone(toy, old, new, ch
     assert tuple(a != b for a, b in zip(before, after, strict=True)) == changes
 
 
+def test_what_is_given_by_content_is_not_followed_and_nothing_else_is_left_out(toy):
+    def codes(module):
+        return code_of(module.called, given=[module.helper]), code_of(module.called)
+
+    kept, followed = codes(toy())
+    assert kept != followed
+    edited = codes(toy("SCALE * x", "SCALE + x"))
+    assert edited[0] == kept and edited[1] != followed
+    assert codes(toy("np.abs", "np.sign"))[0] != kept
+
+
 def test_imports_where_they_are_used_and_replacements_count(toy, monkeypatch):
     called, called_with = both_codes(toy())
     assert code_of(toy(other=OTHER.replace("+ 1", "+ 2")).called) != called

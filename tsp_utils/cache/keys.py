@@ -72,14 +72,15 @@ def plain(value):
                     f"made of; pass numbers, text, arrays, data sets or dataclasses of these.")
 
 
-def code_of(*functions) -> str:
+def code_of(*functions, given=()) -> str:
     """16 hex digits of the code of functions, classes or objects, and of all that they call.
 
     Followed are names of this package and of the user's own modules, as they are bound now: whoever
-    replaces a function is seen. Of a class, the methods count whose names are called
-    anywhere. A registry (a dict or list of functions) is not followed: give the entry that is used.
+    replaces a function is seen. Of a class, the methods count whose names are called anywhere. Not
+    followed are a registry (a dict or list of functions; give the entry that is used) and functions
+    of `given`, whose results are inputs by content.
     """
-    return _digest(_reached(functions, set()))
+    return _digest(_reached(functions, set(), given=given))
 
 
 def data_of(function) -> dict:
@@ -98,10 +99,10 @@ def code_called_by(source: str) -> str:
     imported = _imported(tree)
 
     def value_of(node):  # tsp.tsp_loss, plots.plot_map
-        if not isinstance(node, ast.Attribute):
-            return imported.get(getattr(node, "id", None))
-        base = value_of(node.value)
-        return getattr(base, node.attr, None) if isinstance(base, types.ModuleType) else None
+        if isinstance(node, ast.Attribute):
+            base = value_of(node.value)
+            return getattr(base, node.attr, None) if isinstance(base, types.ModuleType) else None
+        return imported.get(getattr(node, "id", None))
 
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     found = [value for value in (*imported.values(), *map(value_of, attributes))
@@ -125,13 +126,12 @@ def _digest(reached: dict) -> str:
     return hash_of(sorted(reached.values()))
 
 
-def _reached(given, names: set, data: dict | None = None, registries: bool = False) -> dict:
+def _reached(functions, names: set, data: dict | None = None, registries=False, given=()) -> dict:
     """id -> text of every function and constant that can be reached; `names` are called already.
 
-    data takes the variables that functions outside this package mention; registries are followed
-    where that is asked for.
+    data takes the variables that functions outside this package mention. registries: follow them.
     """
-    texts, kept, visited, classes, waiting = {}, [], {}, [], list(given)
+    texts, kept, visited, classes, waiting = {}, [], {}, [], list(functions)
 
     def follow(value):
         if isinstance(value, type):
@@ -150,7 +150,7 @@ def _reached(given, names: set, data: dict | None = None, registries: bool = Fal
                 members = (getattr(value, name) for name in names & there)
                 waiting.extend(filter(_may_be_own, members))
         elif (function := _function(value)) is not None:
-            if id(function) in texts or function.__module__ in SHAPES_NOTHING:
+            if function.__module__ in SHAPES_NOTHING or function in given or id(function) in texts:
                 return
             trees, text = _syntax(function)
             texts[id(function)] = f"{function.__qualname__}: {text}"
