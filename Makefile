@@ -30,7 +30,7 @@ setup: $(VENV_STAMP)  ## create .venv from requirements.lock (once; skipped when
 
 setup-cpu:  ## the same without CUDA, 1.5 GB and not 6.5: needs uv and a network
 	@uv venv --allow-existing .venv
-	@uv pip install --torch-backend cpu -e '.[study,dev]'
+	@uv pip install --torch-backend cpu -e '.[study,photos,dev]'
 	@touch .venv/.complete
 
 reproduce: $(VENV_STAMP)  ## run every notebook: PROFILE=offline|small|paper, SET="key=value ...", FORCE=1, JOBS=1
