@@ -2,6 +2,17 @@
 
 from readings import PATHS, ROOT, code_of
 
+from experiments import (
+    collapse,
+    dictionary_arms,
+    finetuning,
+    finetuning_map,
+    heads,
+    invariant_arms,
+    photos,
+    quality,
+    stability,
+)
 from tsp_utils.backbones import load_backbone
 from tsp_utils.cache import keys
 from tsp_utils.features import _feature_batches, code_that_sees
@@ -50,3 +61,16 @@ def test_the_table_of_edits_is_what_is_reached(monkeypatch):
     assert {"03", "04", "05"} <= {n for n, names in notebooks.items() if "tsp_loss" in names}
     everything = set().union(*kinds.values(), *notebooks.values())
     assert not everything & {"plot_ledger", "folder_page", "set_style"}  # what draws
+
+
+def test_no_record_hangs_on_how_files_are_read(monkeypatch):
+    """Some cost hours or a GPU: a sentence about a folder must not make them old."""
+    reached = []
+    monkeypatch.setattr(keys, "_digest", lambda found: reached.append(names_in(found)) or "")
+    for code in (collapse.code_of_the_sweep, dictionary_arms.code_of_the_arms,
+                 finetuning.code_of_the_runs, finetuning_map.code_of_the_map,
+                 heads.code_of_the_comparison, invariant_arms.code_of_the_invariant_arms,
+                 photos.code_of_a_kind, stability.code_of_a_cell,
+                 lambda: quality.code_of_a_rung(load_study())):
+        code()
+    assert all(reached) and not set().union(*reached) & {"load_dataset", "kinds_of"}
