@@ -58,16 +58,15 @@ def run_finetuning(backbone_name: str = "vit_nano_cpu") -> Path:
                       "target": "cifar10", "n_images": N_IMAGES, "options": options,
                       "code": code_of_the_runs()}
 
-            def make(variant=variant, seed=seed, options=options) -> dict:
-                images = target.images
-                if variant == SOURCE_TOO:
-                    images = np.concatenate([images, source_images()])
+            mixed_in = [source_images()] if variant == SOURCE_TOO else []
+
+            def make(variant=variant, seed=seed, options=options, mixed_in=mixed_in) -> dict:
+                images = np.concatenate([target.images, *mixed_in])
                 return _run(backbone, starts, seed, images, test, scaler.scale_, options,
                             keep_map=variant == "1e-4" and seed == 0)
 
             name = f"finetuning {variant} {seed}"
-            inputs = [wanted, target.fingerprint, test.fingerprint,
-                      *([source_images()] if variant == SOURCE_TOO else [])]
+            inputs = [wanted, target.fingerprint, test.fingerprint, *mixed_in]
             records.append(wanted | cache.record("records", name, inputs, [], make))
             logger.info("%s, seed %d: %s", variant, seed, records[-1]["epochs"][-1])
     return write_lines(bundled_dir() / "readouts" / "finetuning.json", records)

@@ -8,6 +8,7 @@ from experiments import (
     finetuning,
     finetuning_map,
     heads,
+    how_many,
     invariant_arms,
     photos,
     quality,
@@ -71,6 +72,7 @@ def test_no_record_hangs_on_how_files_are_read(monkeypatch):
                  finetuning.code_of_the_runs, finetuning_map.code_of_the_map,
                  heads.code_of_the_comparison, invariant_arms.code_of_the_invariant_arms,
                  photos.code_of_a_kind, stability.code_of_a_cell,
+                 lambda: keys.code_of(how_many.picks),
                  lambda: quality.code_of_a_rung(load_study())):
         code()
     assert all(reached) and not set().union(*reached) & {"load_dataset", "kinds_of"}

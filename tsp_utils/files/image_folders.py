@@ -19,6 +19,7 @@ with contextlib.suppress(ImportError):  # of the extra `photos`: HEIC, as phones
 
     register_heif_opener()
 
+HEIF_SUFFIXES = (".heic", ".heif")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif",
                   ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".tga")  # named where they are no images
 # What Pillow knows by name alone, or names without the means to decode it: never by content.
@@ -131,7 +132,7 @@ def kinds_of(others: Counter) -> str:
     kinds = sorted(others.items(), key=lambda kind: (-kind[1], kind[0]))
     more, lacks = sum(n for _, n in kinds[6:]), "HEIF" not in Image.OPEN
     said = [f"{n:,} {kind}" + " (pip install pillow-heif reads them)"
-            * (lacks and kind in (".heic", ".heif")) for kind, n in kinds[:6] if n]
+            * (lacks and kind in HEIF_SUFFIXES) for kind, n in kinds[:6] if n]
     return ", ".join([*said, f"{more:,} of other kinds"] if more else said)
 
 

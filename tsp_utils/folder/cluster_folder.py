@@ -21,6 +21,7 @@ from tsp_utils.datasets import ImageDataset
 from tsp_utils.estimator import TSPClustering
 from tsp_utils.features import cached_features
 from tsp_utils.files.image_folders import (
+    HEIF_SUFFIXES,
     IMAGE_SUFFIXES,
     LARGEST_ARRAY_PX,
     kinds_of,
@@ -99,9 +100,8 @@ def cluster_folder(folder: str | Path, n_clusters: int, *, backbone: str = "auto
         check_out(folder, out, force)
         before = {path: _stamp(folder / path) for path in paths}
         found = cluster_images(folder, paths, n_clusters, backbone, seed, **settings)
-        if kinds_of(others):
-            found.notes.append(f"Passed over, as junk or as what Pillow does not read: "
-                               f"{kinds_of(others)}.")
+        if said := kinds_of(others):
+            found.notes.append(f"Passed over, as junk or as what Pillow does not read: {said}.")
         found.made["out"] = str(out)
         found.changed.update(p for p in found.paths if before[p] != _stamp(folder / p))
         page = folder_page(found)
@@ -221,9 +221,8 @@ def _written(path: str) -> str:
     """
     if path.startswith("file:") or any("\ud800" <= letter <= "\udfff" for letter in path):
         return "file:" + quote(os.fsencode(path))
-    known = path.lower().endswith((*IMAGE_SUFFIXES, ".heic", ".heif"))
-    plain = known and path[0] not in "=+-@\t\r\n"
-    return path if plain else f"./{path}"
+    known = path.lower().endswith(HEIF_SUFFIXES + IMAGE_SUFFIXES)
+    return path if known and path[0] not in "=+-@\t\r\n" else f"./{path}"
 
 
 def path_of(written: str) -> str:
