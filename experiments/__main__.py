@@ -28,6 +28,8 @@ EXPERIMENTS = {
     "parity": ("official_parity", "official_features",
                "features of the paper's networks by the official code, from seeded weights"),
     "heads": ("heads", "run_heads_compared", "every head, ten seeds (an hour)"),
+    "learn-labelled": ("labelled", "learn_from_labels",
+                       "train a small network on Tiny-ImageNet's labels, for notebook 11's rungs"),
     "quality": ("quality", "climb", "what a head adds on every rung of feature quality"),
     "budget": ("budget", "read_budget",
                "at which learning rate the loss rests, on every rung (51 minutes, busy)"),

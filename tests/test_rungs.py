@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from readings import ROOT
 from toys import three_blobs
 
 import tsp_utils as tsp
-from experiments import quality
+from experiments import labelled, quality
+from tsp_utils.datasets import ImageDataset
 from tsp_utils.estimator import rate_for
 from tsp_utils.files.paths import shipped_records
 from tsp_utils.study import rungs
@@ -106,6 +108,27 @@ def test_records_of_rungs_that_are_not_here_are_kept(monkeypatch, tmp_path, own_
     again = json.loads(quality.climb().read_text())
     assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, shipped)) != again
     assert {(r["dataset"], r["backbone"]) for r in again[:5]} == {("cifar10", "patch_kmeans")}
+
+
+def test_a_network_learns_the_labels_it_is_given_and_is_read_without_its_classifier(
+        monkeypatch, tmp_path):
+    y = np.arange(90) % 3  # three colours
+    noise = np.random.default_rng(0).integers(-40, 40, (90, 32, 32, 3))
+    pixels = (150 * np.eye(3)[y][:, None, None] + 50 + noise).astype(np.uint8)
+    made = ImageDataset("toys", "train", pixels, y, tuple("abc"))
+    monkeypatch.setattr(labelled, "load_dataset", lambda *_: made)
+    monkeypatch.setattr(labelled, "runs_dir", lambda: tmp_path)
+    monkeypatch.setattr(labelled, "MARKS", (16, 640))
+    monkeypatch.setattr(labelled, "BATCH", 16)
+    *paths, log = labelled.learn_from_labels()
+    assert [path.name for path in paths] == ["resnet_nano_cpu_0k.pt"] * 2  # of thousands of images
+    first, last = json.loads(log.read_text())["log"]
+    assert first["images_seen"] == 16 and last["top1_val"] > 90 > first["top1_val"]
+    network = labelled.load_labelled(640)
+    assert network(pixels[:2]).shape == (2, 192) and network.name == "labelled_resnet_nano_0k"
+    state = torch.load(paths[-1])
+    assert not [name for name in state if name.startswith("fc.")]
+    assert torch.equal(network.model.conv1.weight, state["conv1.weight"])
 
 
 def test_the_page_of_the_budget_is_the_records_and_the_rule():

@@ -44,7 +44,7 @@ def plot_ledger(table: pd.DataFrame, ax, paper: dict[str, float] | None = None):
 
     table: columns id, mean, low, high, rule ("m = 2; ..."), verdict, qualifier, backbone, target;
     the first claim on top. paper: its own difference by id, a star. An equivalence (C9) has a bar
-    at both ends of its band. What lies beyond the axis to the right stands there as a number.
+    at both ends of its band. What lies beyond the axis stands at its right end as a number.
     """
     limit = 1.5 * max(1.0, float(np.nanmax(np.abs(table[["mean", "low", "high"]].to_numpy(float)))))
     ax.axvline(0, color="0.75", linewidth=1)
@@ -58,10 +58,10 @@ def plot_ledger(table: pd.DataFrame, ax, paper: dict[str, float] | None = None):
         for x, shape in marks:
             if abs(x) <= limit:
                 ax.scatter(x, y - 0.3 * (shape == "*"), marker=shape, s=90, color="0.35")
-        beyond = [f"{'margin' if shape == '|' else 'paper'} {x:.3g}"
-                  for x, shape in marks if x > limit]
-        ax.text(limit, y - 0.3, "  ".join(beyond) + " \u2192" * bool(beyond), ha="right",
-                va="center", fontsize=9, color="0.35")
+        beyond = [f"{'margin' if shape == '|' else 'paper'} {x:.3g} " + "\u2190\u2192"[x > 0]
+                  for x, shape in marks if abs(x) > limit]
+        ax.text(limit, y - 0.3, "  ".join(beyond), ha="right", va="center", fontsize=9,
+                color="0.35")
         capped = re.search(r"[A-Z]{3}( and [A-Z]{3})? pointing the other way", f"{row.qualifier}")
         where = [in_words(row[key]) for key in ("backbone", "target") if row[key] == row[key]]
         words = (row["verdict"], ", ".join(filter(None, where)), capped and capped[0])
