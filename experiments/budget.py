@@ -37,7 +37,7 @@ def acc_of_heads(study, found, rate: float) -> list[float]:
 
 
 def read_budget(n_seeds: int = 10) -> Path:
-    """Every rung but those of the labelled network; returns the path of the records."""
+    """Every rung but the labelled ones; returns the path of the records."""
     study = replace(load_study("offline"), profile="budget", n_seeds=n_seeds)
     made: list[dict] = []
     for kind, found in rungs(with_labels=False):

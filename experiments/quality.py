@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments.labelled import MARKS, load_labelled
+from experiments.labelled import MARKS, checkpoint, load_labelled
 from tsp_utils import cache
 from tsp_utils.backbones import load_backbone
 from tsp_utils.cache import hardware, versions
@@ -66,7 +66,7 @@ class TwoDepths(nn.Module):
         return torch.cat([fourth.mean((2, 3)), self.network.forward_head(last)], 1)
 
 
-def labelled(name: str, dataset: str, size: int) -> Iterator[FeatureSet]:
+def labelled_efficientnet(name: str, dataset: str, size: int) -> Iterator[FeatureSet]:
     """Test images of a data set, enlarged to `size` pixels, as a labelled network sees them.
 
     Two sets: after the fourth of its five stages, and at its end. Needs the network's package.
@@ -108,14 +108,15 @@ def rungs(with_labels: bool = True) -> Iterator[tuple[str, FeatureSet]]:
                 labels=found.labels[rows], classes=found.classes[:n])
     for name, dataset, size in LABELLED_AT if with_labels else ():
         try:
-            yield from (("labelled", found) for found in labelled(name, dataset, size))
+            yield from (("labelled", found) for found in labelled_efficientnet(name, dataset, size))
         except (OSError, ImportError) as error:
             logger.warning("%s on %s at %d px is left out: %s", name, dataset, size, error)
     for n_images in MARKS if with_labels else ():
-        try:
+        if checkpoint(n_images).exists():
             yield from (("labelled", found) for found in labelled_small(n_images))
-        except FileNotFoundError as error:
-            logger.warning("%s; python -m experiments learn-labelled makes them.", error)
+        else:
+            logger.warning("The small network of %d images is left out: run python -m experiments "
+                           "learn-labelled.", n_images)
     for name in ARMS_THAT_DO_NOT_SHIP:
         if (runs_dir() / "pretrain" / name / "final.safetensors").exists():
             yield "real", extract(name, load_images("cifar10", "test"))
