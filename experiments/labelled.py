@@ -10,7 +10,6 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ import tsp_utils.networks.small_resnet  # noqa: F401  (timm learns its name)
 from tsp_utils.backbones import Backbone, load_backbone
 from tsp_utils.cache import hardware, versions
 from tsp_utils.datasets import load_dataset
+from tsp_utils.features import extract_features
 from tsp_utils.files.paths import runs_dir, write_json, write_whole
 from tsp_utils.networks.registry import find_spec
 from tsp_utils.pretraining.multi_crop import random_crops
@@ -57,6 +57,7 @@ def learn_from_labels() -> list[Path]:
     network = timm.create_model(spec.architecture, num_classes=len(source.classes), **spec.options)
     network = network.to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(SEED)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
     steps = MARKS[-1] // BATCH
     sgd = torch.optim.SGD(groups_by_decay(network), lr=RATE, momentum=MOMENTUM[1],
                           nesterov=True, weight_decay=DECAY)
@@ -68,8 +69,8 @@ def learn_from_labels() -> list[Path]:
             order = torch.cat([order, torch.randperm(len(y), generator=generator)])
         rows, order = order[:BATCH], order[BATCH:]
         x = torch.from_numpy(source.images[rows.numpy()]).permute(0, 3, 1, 2).float() / 255
-        logits = network(normalised(random_crops(x, CROP, SCALE, generator), spec))
-        loss = F.cross_entropy(logits, y[rows])
+        x = (random_crops(x, CROP, SCALE, generator) - mean) / std
+        loss = F.cross_entropy(network(x.contiguous(memory_format=torch.channels_last)), y[rows])
         sgd.zero_grad(set_to_none=True)
         loss.backward()
         sgd.step()
@@ -88,20 +89,9 @@ def learn_from_labels() -> list[Path]:
     return [*paths, log_path]
 
 
-def normalised(x: torch.Tensor, spec) -> torch.Tensor:
-    """[B, 3, S, S] in [0, 1] as the network takes it."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-@torch.inference_mode()
 def top1(network: torch.nn.Module, images, spec) -> float:
     """Share of images, percent, whose class the network names; whole, at their 32 px."""
-    network.eval()
-    right = []
-    for start in range(0, len(images), 500):
-        x = torch.from_numpy(images.images[start:start + 500]).permute(0, 3, 1, 2).float() / 255
-        named = network(normalised(x, spec)).argmax(1).numpy()
-        right.append(named == images.labels[start:start + 500])
+    whole = Backbone(spec, network, torch.device("cpu"), torch.float32)
+    logits = extract_features(whole, images.images, progress=False)  # [N, classes]
     network.train()
-    return 100 * float(np.concatenate(right).mean())
+    return 100 * float((logits.argmax(1) == images.labels).mean())
