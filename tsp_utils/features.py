@@ -30,9 +30,8 @@ def extract_features(backbone: Encoder, images, batch_size: int = 256, progress:
                      out: np.ndarray | None = None) -> np.ndarray:
     """Pass images through a backbone, a batch at a time.
 
-    images: uint8 [N,H,W,C] or a sequence of [H,W,C]; returns float32 [N,D], which is `out` where
-    that is given. Raises ValueError for no images, non-finite features or an `out` of another
-    shape.
+    images: uint8 [N,H,W,C] or a sequence of [H,W,C]; returns float32 [N,D], `out` where that is
+    given. Raises ValueError for no images, non-finite features or an `out` of another shape.
     """
     for rows, features in _feature_batches(backbone, images, range(len(images)), batch_size,
                                            progress):
@@ -52,8 +51,7 @@ def cached_features(backbone: Encoder, dataset, folder: str | os.PathLike | None
     depends on the image, on the backbone (its weights, its transform) and on the code of both. An
     extraction that was killed goes on where it stopped. Processes wait for each other, but for
     those with different names as maker, which are given different images. Raises what
-    `extract_features` raises, TypeError for anything but a data set, and OSError for a folder that
-    cannot be written.
+    `extract_features` raises, TypeError for no data set, OSError for a folder it cannot write in.
     """
     if not hasattr(dataset, "images"):
         raise TypeError(f"cached_features takes a data set, and this is of type "

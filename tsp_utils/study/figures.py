@@ -1,14 +1,15 @@
-"""Figures of the study alone: the method, training, the ledger, sources and heads compared."""
+"""Figures of the study: method, sheets of images, consistency, ledger, sources, heads compared."""
 
 import re
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from tsp_utils.networks.words import WORDS, in_words
-from tsp_utils.plots import METHOD_COLORS
+from tsp_utils.plots import METHOD_COLORS, backbone_color, label_lines
 from tsp_utils.study.claims import claim_of
 
 SOURCE_COLOR, TARGET_COLOR = "#7d5ba6", "#e0a03b"  # claim C6, in every figure
@@ -37,6 +38,34 @@ def plot_method(ax):
                         arrowprops=dict(arrowstyle="-|>", color="0.35"))
     ax.set(xlim=(-0.1, 10.05), ylim=(-0.45, 1.1))
     ax.axis("off")
+
+
+def plot_consistency(table: pd.DataFrame, ax):
+    """Label consistency against K (Fig. 1). table: columns backbone, k, consistency (percent)."""
+    for name, rows in table.groupby("backbone", sort=False):
+        ax.plot(rows["k"], rows["consistency"], marker="o", markersize=4, label=name,
+                color=backbone_color(name))
+    ax.set(xlabel="neighbours K", ylabel="label consistency (%)", ylim=(0, 100))
+    label_lines(ax)
+
+
+def plot_images(images: np.ndarray, titles=None, n_columns: int = 10, colors=None):
+    """A sheet of images uint8 [N, H, W, C]; returns the figure. titles and edge colors by image."""
+    n_rows = -(-len(images) // n_columns)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=(n_columns * 0.95, n_rows * 1.12),
+                                squeeze=False, layout="constrained")
+    for ax in axes.flat[len(images) :]:
+        ax.set_visible(False)
+    for i, ax in enumerate(axes.flat[: len(images)]):
+        grey = images[i].shape[-1] == 1
+        ax.imshow(images[i][..., 0] if grey else images[i], cmap="gray", interpolation="nearest")
+        if titles is not None:
+            ax.set_title(titles[i], fontsize=7.5, loc="center", pad=2)
+        ax.set_axis_off()
+        if colors is not None:
+            ax.add_patch(plt.Rectangle((0, 0), 1, 1, transform=ax.transAxes, clip_on=False,
+                                       fill=False, linewidth=2.5, edgecolor=colors[i]))
+    return figure
 
 
 def plot_ledger(table: pd.DataFrame, ax, paper: dict[str, float] | None = None):
