@@ -14,18 +14,17 @@ def refresh(profile: str = "offline") -> list[Path]:
     """Put the outputs of a finished run's notebooks into those of notebooks/; returns these.
 
     Timing metadata and papermill's own cell are left out, so that a diff shows what changed.
-    Raises FileNotFoundError where a notebook of this text has not been run.
+    Raises FileNotFoundError where a notebook with this code has not been run; prose may differ.
     """
     run_dir, texts = load_study(profile).run_dir, {}
     for path in notebook_paths():
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        done = own_cells(run_dir / path.name)
-        if [cell["source"] for cell in done] != [cell["source"] for cell in notebook["cells"]]:
+        code, done = ([cell for cell in cells if cell["cell_type"] == "code"]
+                      for cells in (notebook["cells"], own_cells(run_dir / path.name)))
+        if [cell["source"] for cell in code] != [cell["source"] for cell in done]:
             raise FileNotFoundError(f"{path.name} has not been run as it is now; run make "
                                     f"reproduce first.")
-        code = [pair for pair in zip(notebook["cells"], done, strict=True)
-                if pair[0]["cell_type"] == "code"]
-        for count, (cell, executed) in enumerate(code, 1):
+        for count, (cell, executed) in enumerate(zip(code, done, strict=True), 1):
             cell["execution_count"] = count
             cell["outputs"] = _without_progress(executed["outputs"])
             for output in cell["outputs"]:
