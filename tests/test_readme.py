@@ -18,6 +18,7 @@ from toys import fill
 import tsp_utils as tsp
 from experiments.photos import code_of_a_kind
 from experiments.stability import code_of_a_cell
+from tsp_utils.estimator import rate_for
 from tsp_utils.files.paths import shipped_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,22 @@ def test_results_are_those_of_the_committed_tables(profile):
     assert (table["n"] == 10).all()
 
 
+@pytest.mark.parametrize("profile, rest", [("offline", "two of seven"), ("small", "two of three")])
+def test_table_1_is_asked_whether_its_losses_rest(profile, rest):
+    page, asked = PAGES["docs/budget.md"], figure(f"{profile}/03_rate")
+    for r in asked.to_dict("records"):
+        assert r["rate"] == rate_for(r["late"] / 100)
+        acc = [f"{r[f'{at}acc_mean']:.1f} ± {r[f'{at}acc_std']:.1f}" for at in (
+            "k-means_", "head_", "")]
+        acc[2] = "the same" if r["rate"] == 1e-4 else acc[2]
+        taken = f"{r['late']:.1f} | {r['rate']:.0e}".replace("e-0", "e-")
+        assert (f"| `{profile}` | {r['dataset']} | `{r['backbone']}` | {taken} | "
+                f"{' | '.join(acc)} |") in page
+    assert (asked["rate"] == 1e-4).sum() == 2 and rest in page
+    changes = (asked["acc_mean"] - asked["head_acc_mean"]).abs()
+    assert (changes > 1).sum() == (profile == "offline")
+
+
 def test_the_paper_s_first_row_beside_k_means_on_pixels():
     for r in figure("small/03_kmeans_pixels").query("scored == 'train'").itertuples():
         assert (f"{r.acc_mean:.1f} ± {r.acc_std:.1f} / {r.nmi_mean:.1f} / {r.ari_mean:.1f}"
@@ -65,6 +82,7 @@ def test_tables_are_the_committed_ones_and_the_ledger_decides_all_claims_but_one
         assert f"**{row.verdict}**" in re.search(rf"^\| {row.id}\. .*$", text, re.M)[0]
     same, mixture = figure("small/03_c3_same"), figure("small/03_c11").set_index("cell")
     said = [f"{row.mean:+.1f}" for row in same.itertuples()]
+    said.append(f"{figure('small/03_c3_rate')['mean'].item():+.1f}")
     said.append(f"{mixture.loc['32 principal axes', 'mean']:+.1f}")
     page = " ".join(RESULTS.split())
     told = page[page.index("In `small`, on all of CIFAR-10"):].split("A claim's power")[0]
