@@ -48,7 +48,8 @@ FIRST_CLASSES = (3, 5)  # subsets of Fashion-MNIST: the task is easier and the f
 LABELLED = {"efficientnet_lite0": "efficientnet-lite0-57934424.pth",
             "efficientnet_lite1": "efficientnet-lite1-77cc7160.pth",
             "efficientnet_lite2": "efficientnet-lite2-9656183e.pth"}
-# On which images, enlarged to how many pixels. At 224 a core (EPYC, AVX2) sees 10 to 14 a second.
+# On which images, enlarged to how many pixels. At 224 an idle core (EPYC, AVX2) sees 10 to 14 of
+# them a second.
 LABELLED_AT = (*itertools.product(LABELLED, ("cifar10", "fashion-mnist"), (64, 128)),
                *((name, "cifar10", 224) for name in LABELLED),
                ("efficientnet_lite0", "fashion-mnist", 224))

@@ -51,7 +51,7 @@ def cached_features(backbone: Encoder, dataset, folder: str | os.PathLike | None
     depends on the image, on the backbone (its weights, its transform) and on the code of both. An
     extraction that was killed goes on where it stopped. Processes wait for each other, but for
     those with different names as maker, which are given different images. Raises what
-    `extract_features` raises, TypeError for no data set, OSError for a folder it cannot write in.
+    `extract_features` raises, TypeError for what is no data set, OSError for a read-only folder.
     """
     if not hasattr(dataset, "images"):
         raise TypeError(f"cached_features takes a data set, and this is of type "

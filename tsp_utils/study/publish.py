@@ -14,7 +14,8 @@ def refresh(profile: str = "offline") -> list[Path]:
     """Put the outputs of a finished run's notebooks into those of notebooks/; returns these.
 
     Timing metadata and papermill's own cell are left out, so that a diff shows what changed.
-    Raises FileNotFoundError where a notebook with this code has not been run; prose may differ.
+    Prose may have changed since (for which `make refresh` would run the notebook again). Raises
+    FileNotFoundError where a notebook with this code has not been run.
     """
     run_dir, texts = load_study(profile).run_dir, {}
     for path in notebook_paths():
