@@ -21,7 +21,7 @@ class Scaler:
         self.scaling = scaling
 
     def fit(self, features: np.ndarray) -> "Scaler":
-        """Learn `scale_` from features [N, D]; ValueError for none, all-zero or non-finite ones."""
+        """Learn `scale_`. Raises ValueError for no features [N, D], all-zero or non-finite ones."""
         features = np.asarray(features)
         if features.ndim != 2 or not len(features):
             raise ValueError(f"Features are a table [N, D] of at least one row, and these have the "
